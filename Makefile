@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## *(.*)/  \1\t\2/'
+
+install: $(STAMP)  ## make .venv with the package and everything needed to work on it
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## answer questions about an image at several budgets
+	$(BIN)/adallava demo
+
+# One thread per worker: with more, the workers slow each other down.
+test: $(STAMP)  ## run the tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not gpu"
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)  ## rewrite the code in the house style
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## remove caches and build output; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
