@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer: base models, adaptive models, and what both share."""

@@ -1,0 +1,132 @@
+"""One training stage: transformers' Trainer with this project's defaults, resumable at any moment.
+
+A stage writes checkpoints into ``<output>/checkpoints`` and, when it has ended, what the caller saves into
+``<output>``. Starting the same stage again continues from the last checkpoint; Ctrl-C first writes one.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C after its checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one stage. The defaults of the paper's full-scale recipes are set by those recipes."""
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_frac: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 200
+    log_every: int = 20
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+    def to_arguments(self, output: Path) -> TrainingArguments:
+        """The equivalent ``TrainingArguments``."""
+        return TrainingArguments(
+            output_dir=str(output / "checkpoints"),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, round(self.steps * self.warmup_frac)),
+            weight_decay=self.weight_decay,
+            adam_beta2=self.adam_beta2,
+            max_grad_norm=self.max_grad_norm,
+            seed=self.seed,
+            save_steps=self.save_every,
+            save_total_limit=2,
+            logging_steps=self.log_every,
+            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
+            bf16=self.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to="none",
+        )
+
+
+class _StopOnInterrupt(TrainerCallback):
+    """Turns the first Ctrl-C into "save a checkpoint and stop after this step"; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        try:
+            self.before = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread: Ctrl-C goes elsewhere
+            self.before = None
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def fit(
+    model: torch.nn.Module,
+    dataset: Any,
+    collator: Any,
+    config: TrainConfig,
+    output: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    trainer_class: type[Trainer] = Trainer,
+) -> list[dict[str, Any]]:
+    """Train for ``config.steps`` steps, continuing from the last checkpoint in ``output`` if there is one.
+
+    Returns the log history. Raises ``Interrupted`` after Ctrl-C, with the checkpoint written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    stop = _StopOnInterrupt()
+    trainer = trainer_class(
+        model=model,
+        args=config.to_arguments(output),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[stop, *(callbacks or [])],
+    )
+    checkpoints = output / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if last is not None:
+        log.info("continuing from %s", last)
+    trainer.train(resume_from_checkpoint=last)
+    if stop.asked:
+        raise Interrupted(f"stopped; the state is in {checkpoints}: start again to go on")
+    return list(trainer.state.log_history)
