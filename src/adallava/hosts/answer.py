@@ -1,0 +1,73 @@
+"""``Answer``: what came out of a request, what it cost, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from adallava.budget import ResolvedBudget
+from adallava.cost import Cost
+from adallava.plan import ExecutionPlan
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured wall-clock times of the generate() call that a request was part of; a batch shares one.
+
+    ``first_token_ms``: from the prepared inputs to the first new token (vision, prefill, choice of the token).
+    ``total_ms``: to the last token. ``prepare_ms``: before that, images and prompt to tensors.
+    """
+
+    prepare_ms: float
+    first_token_ms: float
+    total_ms: float
+    new_tokens: int
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Mean time of a decode step, None where only one token was made."""
+        return (self.total_ms - self.first_token_ms) / (self.new_tokens - 1) if self.new_tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request.
+
+    ``texts`` holds every sequence that generate() returned for it, ``text`` the first. ``budget`` and ``plan`` are
+    None for a base model, which has none. ``cost`` follows the paper's convention; ``timing`` is measured.
+    """
+
+    text: str
+    plan: ExecutionPlan | None
+    budget: ResolvedBudget | None
+    cost: Cost
+    timing: Timing
+    prompt_tokens: int
+    texts: list[str] = field(default_factory=list)
+
+
+class Stopwatch(StoppingCriteria):
+    """Notes when each token of a generate() call is there; it never stops anything."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.started = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.seconds.append(self._now() - self.started)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def timing(self, prepare_s: float) -> Timing:
+        """The times so far."""
+        first, last = (self.seconds[0], self.seconds[-1]) if self.seconds else (0.0, 0.0)
+        return Timing(1e3 * prepare_s, 1e3 * first, 1e3 * last, len(self.seconds))

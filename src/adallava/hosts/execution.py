@@ -1,0 +1,88 @@
+"""From a plan to what each layer has to do: nothing, everything, some rows, or some heads of some rows.
+
+Compiled once per request, when the plan is decided, so that the layers take no decision token by token. Work is cut
+into *bundles*: the gate columns that are on for the same rows. A bundle's columns are given as spans of adjacent
+columns, because adjacent columns are one slice of a weight matrix, a view and never a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from adallava.plan import ExecutionPlan
+
+Span = tuple[int, int]
+
+
+class Mode(Enum):
+    """What a layer does in one request."""
+
+    SKIP = "skip"
+    FULL = "full"
+    ROWS = "rows"
+    SLICES = "slices"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Gate columns that run on the same rows: ``rows`` int64 [R] within the layer's rows, None for all of them."""
+
+    rows: Tensor | None
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """One layer of a request. ``rows`` int64 [R] are the batch rows it runs on, None for all of them."""
+
+    mode: Mode
+    rows: Tensor | None = None
+    attention: tuple[Bundle, ...] = ()
+    mlp: tuple[Bundle, ...] = ()
+
+
+def compile_plan(plan: ExecutionPlan, device: torch.device) -> tuple[LayerRun, ...]:
+    """Compile a plan [B, L, 2, G] into one ``LayerRun`` per layer, its row indices on ``device``."""
+    return tuple(_compile_layer(plan.gates[:, layer], device) for layer in range(plan.gates.shape[1]))
+
+
+def _compile_layer(gates: Tensor, device: torch.device) -> LayerRun:
+    """Gates of one layer: bool [B, 2, G] on the CPU."""
+    row_on = gates.flatten(1).any(-1)
+    if not row_on.any():
+        return LayerRun(Mode.SKIP)
+    rows = None if row_on.all() else row_on.nonzero()[:, 0]
+    active = gates if rows is None else gates[rows]
+    rows = rows if rows is None else rows.to(device)
+    if active.all():
+        return LayerRun(Mode.FULL if rows is None else Mode.ROWS, rows)
+    return LayerRun(Mode.SLICES, rows, _bundles(active[:, 0], device), _bundles(active[:, 1], device))
+
+
+def _bundles(columns: Tensor, device: torch.device) -> tuple[Bundle, ...]:
+    """Columns of one half of a layer: bool [R, G] -> bundles, in the order of their first column."""
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for index, pattern in enumerate(columns.T.tolist()):
+        if any(pattern):
+            groups.setdefault(tuple(pattern), []).append(index)
+    return tuple(
+        Bundle(
+            None if all(pattern) else torch.tensor([i for i, on in enumerate(pattern) if on], device=device),
+            _spans(indices),
+        )
+        for pattern, indices in groups.items()
+    )
+
+
+def _spans(indices: list[int]) -> tuple[Span, ...]:
+    spans: list[Span] = []
+    for index in indices:
+        if spans and spans[-1][1] == index:
+            spans[-1] = (spans[-1][0], index + 1)
+        else:
+            spans.append((index, index + 1))
+    return tuple(spans)

@@ -1,0 +1,67 @@
+"""Model inputs: the slot of the latency token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adallava.data.conversation import IGNORE_INDEX
+from adallava.errors import PromptError
+
+_PER_TOKEN = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str, Any], Tensor]:
+    """Make room for one more token in each row; returns new inputs [B, T + 1] and the slots' positions, int64 [B].
+
+    With labels (training) the slot stands just before the first token of the last answer; without, after the last
+    token of the prompt, which with left padding is the last position of every row. The embedding of ``slot_id`` is
+    never read, because layer 0 puts the latency token there; it only must not be an image placeholder.
+    """
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None:
+        raise PromptError("neither input_ids nor inputs_embeds was passed. Pass input_ids [B, T].")
+    if inputs.get("position_ids") is not None:
+        raise PromptError("position_ids were passed for a prompt without its latency token. Leave them out.")
+    index = latency_position(tokens.shape[0], tokens.shape[1], inputs.get("attention_mask"), inputs.get("labels"))
+    index = index.to(tokens.device)
+    new = dict(inputs)
+    if ids is not None:
+        new["input_ids"] = _insert(ids, index, slot_id)
+    else:
+        new["inputs_embeds"] = _insert(embeds, index, 0)
+    for name, value in _PER_TOKEN.items():
+        if isinstance(inputs.get(name), Tensor):
+            new[name] = _insert(inputs[name], index, value)
+    return new, index
+
+
+def latency_position(batch: int, tokens: int, mask: Tensor | None, labels: Tensor | None) -> Tensor:
+    """Where each row's latency token goes: int64 [B]."""
+    if labels is not None:
+        learned = labels != IGNORE_INDEX
+        # The last answer starts at the last learned token whose predecessor is not learned.
+        starts = learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]
+        if not bool(starts.any(1).all()):
+            row = int((~starts.any(1)).nonzero()[0, 0])
+            raise PromptError(f"row {row} has no answer in its labels. Leave out samples without an answer.")
+        return tokens - 1 - starts.flip(1).int().argmax(1)
+    if mask is None:
+        return torch.full((batch,), tokens)
+    if mask.dim() != 2:
+        raise PromptError(f"the attention mask is {list(mask.shape)}, expected [B, T] of zeros and ones.")
+    return tokens - mask.flip(1).int().argmax(1)
+
+
+def _insert(values: Tensor, index: Tensor, new: int) -> Tensor:
+    """[B, T, ...] -> [B, T + 1, ...] with ``new`` at ``index`` [B] of each row."""
+    batch, tokens = values.shape[:2]
+    positions = torch.arange(tokens + 1, device=values.device).expand(batch, -1)
+    source = (positions - (positions > index[:, None]).long()).clamp(max=tokens - 1)
+    rows = torch.arange(batch, device=values.device)
+    out = values[rows[:, None], source]
+    out[rows, index] = new
+    return out

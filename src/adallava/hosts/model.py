@@ -1,0 +1,304 @@
+"""``AdaptiveVLM``: a vision-language model that takes a budget with every request.
+
+It holds an ordinary transformers model (``model``), made adaptive in place, its processor, and the scheduler. As an
+``nn.Module`` it is what a Trainer trains; ``generate`` is what everybody else calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteriaList
+
+from adallava.budget import Budget, ResolvedBudget
+from adallava.config import AdaptiveConfig
+from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
+from adallava.errors import BudgetError, ConfigError, PromptError
+from adallava.hosts.answer import Answer, Stopwatch
+from adallava.hosts.arch import architecture_of, part
+from adallava.hosts.cache import AdaptiveCache
+from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
+from adallava.hosts.state import RequestState
+from adallava.hosts.switch import attach, detach
+from adallava.plan import ExecutionPlan
+from adallava.scheduling.scheduler import Mode, Scheduler
+
+DEFAULT_NEW_TOKENS = 128
+_REFUSED = {
+    "assistant_model": "assisted decoding verifies drafts under another plan",
+    "prompt_lookup_num_tokens": "assisted decoding verifies drafts under another plan",
+    "assistant_early_exit": "assisted decoding verifies drafts under another plan",
+    "custom_generate": "only transformers' own greedy, sampling and beam decoding are supported",
+    "cache_implementation": "a plan needs the cache that holds just what it runs",
+    "past_key_values": "a plan belongs to one request, whose cache is made here",
+    "prefill_chunk_size": "the plan is decided at the end of the prompt, so the prompt is prefilled at once",
+    "guidance_scale": "classifier-free guidance runs a second prompt under the same plan",
+    "ada_state": "the request state is made here",
+}
+
+
+class AdaptiveVLM(nn.Module):
+    """A transformers model, its processor, and (unless it is a plain base model) an adaptive config and scheduler."""
+
+    def __init__(
+        self, model: nn.Module, processor: Any, config: AdaptiveConfig | None = None, scheduler: Scheduler | None = None
+    ) -> None:
+        """Attach ``config`` to ``model`` in place; without a config the model stays as it is and runs at 100 %."""
+        super().__init__()
+        architecture_of(model)
+        self.processor, self.config = processor, config
+        self.mode: Mode = "learned"
+        if config is not None:
+            scheduler = scheduler or Scheduler(config)
+            attach(model, config)
+            reference = next(model.parameters())
+            scheduler.to(device=reference.device, dtype=reference.dtype)
+        elif scheduler is not None:
+            raise ConfigError("a scheduler was passed without a config. Pass scheduler.config as config.")
+        self.model: Any = model
+        self.scheduler = scheduler
+        self.train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **kwargs: Any) -> AdaptiveVLM:
+        """Load by name ("mini-L", "mini-H", "mini-base"), local folder or hub id; see ``load.load``."""
+        from adallava.hosts.load import load
+
+        return load(name, **kwargs)
+
+    @classmethod
+    def adapt(cls, model: nn.Module, processor: Any, *, variant: str, **fields: Any) -> AdaptiveVLM:
+        """Make a base model adaptive with a fresh scheduler, ready for training.
+
+        fields: further fields of ``AdaptiveConfig``, such as ``prefix_layers`` or ``heads_per_switch``.
+        """
+        architecture_of(model)
+        text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        return cls(model, processor, AdaptiveConfig.from_model_config(text_config, variant=variant, **fields))
+
+    def save_pretrained(self, folder: str | Path, *, adapter_only: bool = False) -> None:
+        """Write a folder that ``from_pretrained`` reads; ``adapter_only`` leaves out the (named) base model."""
+        from adallava.hosts.load import save
+
+        save(self, Path(folder), adapter_only=adapter_only)
+
+    def detach(self) -> nn.Module:
+        """Give the base model back as it was; this object cannot be used afterwards."""
+        if self.config is not None:
+            detach(self.model)
+        model, self.model, self.scheduler, self.config = self.model, None, None, None
+        return model
+
+    # -- facts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are, and so the inputs."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's sizes, for costs."""
+        return ModelSpec.from_config(self.model.config)
+
+    def reachable_budgets(self) -> list[Budget]:
+        """The smallest budget of each k, ascending; only 100 % for a base model."""
+        if self.config is None:
+            return [Budget.parse(1)]
+        return [Budget.of_k(self.config, k) for k in range(self.config.max_k + 1)]
+
+    def status(self) -> dict[str, Any]:
+        """Plain data on what this model is and can do."""
+        config, weights = self.config, list(self.model.parameters())
+        budgets = self.reachable_budgets()
+        return {
+            "host": type(self.model).__name__,
+            "adaptive": config is not None,
+            "variant": config.variant if config else None,
+            "layers": self.spec.num_layers,
+            "prefix_layers": config.prefix_layers if config else self.spec.num_layers,
+            "switches": config.max_k if config else 0,
+            "minimum_budget": str(budgets[0]),
+            "scheduling": self.mode if config else None,
+            "parameters": sum(p.numel() for p in weights),
+            "adaptive_parameters": sum(p.numel() for p in self.scheduler.parameters()) if self.scheduler else 0,
+            "dtype": str(weights[0].dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": self.model.config._attn_implementation,
+        }
+
+    # -- training and raw forwards ----------------------------------------------------------------------------------
+
+    def request_state(self, k: Tensor, **kwargs: Any) -> RequestState:
+        """The state of a request with k switches per row, int64 [B]; kwargs as of ``RequestState``."""
+        if self.scheduler is None:
+            raise ConfigError("this is a base model, which has no switches. Make it adaptive with AdaptiveVLM.adapt.")
+        return RequestState(self.scheduler, k, slot_id=self._slot_id(), **{"mode": self.mode, **kwargs})
+
+    def forward(self, *, k: Tensor | None = None, ada_state: RequestState | None = None, **inputs: Any) -> Any:
+        """The host's forward under a budget; sequences come back one token longer, by the latency token.
+
+        k: int64 [B], switches on per row. None: in training drawn uniformly from 0 to ``config.max_k`` for each row
+            (the paper's random budgets), otherwise everything on. inputs: the host's, with ``labels`` in training.
+        """
+        if self.config is None:
+            return self.model(**inputs)
+        if ada_state is None:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            if k is None:
+                full = self.config.max_k
+                # On the CPU, so that a seed draws the same budgets on every device.
+                k = torch.randint(full + 1, (len(tokens),)) if self.training else torch.full((len(tokens),), full)
+            ada_state = self.request_state(k)
+        return self.model(**inputs, ada_state=ada_state)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As on the host; the non-reentrant kind, which alone keeps the scheduler's gradient."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As on the host."""
+        self.model.gradient_checkpointing_disable()
+
+    def _slot_id(self) -> int:
+        """A token id for the latency token's place: padding where there is one, never the image placeholder."""
+        pad = self.processor.tokenizer.pad_token_id if self.processor is not None else None
+        image = getattr(self.model.config, "image_token_id", None)
+        return pad if pad is not None and pad != image else int(image == 0)
+
+    # -- answering --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        question: str | None = None,
+        *,
+        budget: object = "100%",
+        messages: Sequence[Message] | None = None,
+        **kwargs: Any,
+    ) -> Answer:
+        """Answer one question about an image, several images, or none, within a budget.
+
+        budget: "60%", 0.6, ``Budget``: a share of the full model's compute. messages: a conversation instead of a
+        question, as ``[{"role": "user", "content": ...}, ...]``. kwargs: ``plan`` (an ``ExecutionPlan`` to obey) and
+        everything transformers' generate() takes for greedy, sampling and beam decoding and for streamers.
+        Raises ``BudgetError``, ``ImageError``, ``PromptError`` for what cannot be answered.
+        """
+        return self.generate_batch([Request(question, image, messages, budget)], **kwargs)[0]
+
+    @torch.no_grad()
+    def generate_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        plan: ExecutionPlan | None = None,
+        mode: Mode | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> list[Answer]:
+        """Answer several requests at once, each at its own budget; a batch gives what single requests give.
+
+        plan: obey this plan, one row per request. mode: "learned", "random" or "static" scheduling (baselines).
+        """
+        if not requests:
+            return []
+        for name in set(_REFUSED) & {n for n, v in kwargs.items() if v is not None}:
+            raise PromptError(f"generate() was given {name}={kwargs[name]!r}: {_REFUSED[name]}. Leave it out.")
+        started = time.perf_counter()
+        resolved = [self._resolve(request.budget) for request in requests]
+        prompts = [to_prompt(request) for request in requests]
+        inputs = self._to_device(encode(self.processor, prompts))
+        prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+        if self.config is not None:
+            state = self._prepare(inputs, resolved, plan=plan, mode=mode or self.mode, generator=generator)
+        elif plan is not None or mode is not None:
+            raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
+        else:
+            state = None
+        watch = Stopwatch(self.device)
+        options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
+        options["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), watch])
+        if state is not None:
+            inputs["ada_state"] = state
+            if options.get("use_cache", True):
+                inputs["past_key_values"] = AdaptiveCache(state)
+        prepared = time.perf_counter() - started
+        watch.started = watch._now()
+        was_training = self.training
+        self.eval()
+        try:
+            out = self.model.generate(**inputs, **options)
+        finally:
+            self.train(was_training)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
+        return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens)
+
+    def _resolve(self, budget: object) -> ResolvedBudget | None:
+        parsed = Budget.parse(budget)
+        if self.config is not None:
+            return parsed.resolve(self.config)
+        if parsed.fraction != 1:
+            raise BudgetError(f"budget {parsed} for a base model, which always runs whole. Ask for '100%'.")
+        return None
+
+    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        dtype = next(self.model.parameters()).dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _prepare(
+        self, inputs: dict[str, Any], resolved: Sequence[ResolvedBudget | None], **kwargs: Any
+    ) -> RequestState:
+        """Append the latency token's slot to left-padded inputs and make the request's state."""
+        ids = inputs["input_ids"]
+        batch, tokens = ids.shape
+        inputs["input_ids"] = torch.cat([ids, ids.new_full((batch, 1), self._slot_id())], dim=1)
+        for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], inputs[name].new_full((batch, 1), value)], dim=1)
+        k = torch.tensor([r.k for r in resolved if r is not None])
+        plan = kwargs.get("plan")
+        if plan is not None and len(plan) != batch:
+            raise PromptError(f"the plan has {len(plan)} rows for {batch} requests. Pass one row per request.")
+        return self.request_state(k, latency_index=torch.full((batch,), tokens), **kwargs)
+
+    def _decode(self, new_tokens: Tensor, requests: int) -> list[list[str]]:
+        texts = [t.strip() for t in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        each = len(texts) // requests
+        return [texts[i * each : (i + 1) * each] for i in range(requests)]
+
+    def _answers(
+        self,
+        texts: list[list[str]],
+        resolved: Sequence[ResolvedBudget | None],
+        state: RequestState | None,
+        timing: Any,
+        prompt_tokens: list[int],
+    ) -> list[Answer]:
+        spec, answers = self.spec, []
+        for row, (some, budget, tokens) in enumerate(zip(texts, resolved, prompt_tokens, strict=True)):
+            plan = None
+            if state is not None:
+                assert state.plan is not None
+                plan = state.plan.row(row * (len(state.plan) // len(texts)))
+            loads = full_loads(spec) if plan is None else plan_loads(spec, plan, 0)
+            cost = plan_cost(spec, loads, tokens + (plan is not None))
+            answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some))
+        return answers
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The host's vision tower."""
+        return part(self.model, architecture_of(self.model).vision_tower)
+
+
+__all__ = ["AdaptiveVLM", "Answer", "Prompt", "Request"]

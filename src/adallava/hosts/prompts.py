@@ -1,0 +1,113 @@
+"""Requests: an image or several or none, a question or a conversation, a budget; and how they become model input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from adallava.errors import PromptError
+from adallava.hosts.images import ImageSource, load_image
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to answer. Give ``question`` or ``messages``; ``images`` may be one image, several, or none."""
+
+    question: str | None = None
+    images: ImageSource | Sequence[ImageSource] | None = None
+    messages: Sequence[Message] | None = None
+    budget: object = "100%"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request as chat messages with typed parts, and its images in the order of their places."""
+
+    messages: list[Message]
+    images: list[Image.Image] = field(default_factory=list)
+
+
+def to_prompt(request: Request) -> Prompt:
+    """Check a request and bring it into one form; ``PromptError`` or ``ImageError`` say what is wrong with it."""
+    images = [load_image(source) for source in _as_list(request.images)]
+    if (request.question is None) == (request.messages is None):
+        raise PromptError("pass either a question or messages, one of the two.")
+    if request.messages is None:
+        messages = [{"role": "user", "content": request.question}]
+    else:
+        messages = list(request.messages)
+    checked = [_message(message, number) for number, message in enumerate(messages)]
+    if not checked or checked[-1]["role"] != "user":
+        raise PromptError("the last message must be the user's: it is the one to answer.")
+    places = sum(part["type"] == "image" for message in checked for part in message["content"])
+    if places == 0 and images:
+        first = next(message for message in checked if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"}] * len(images)
+    elif places != len(images):
+        raise PromptError(f"the messages have {places} image places, but {len(images)} images were passed.")
+    return Prompt(checked, images)
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _message(message: Any, number: int) -> Message:
+    """One message with its content as a list of text and image parts."""
+    if not isinstance(message, dict) or set(message) != {"role", "content"}:
+        raise PromptError(f'message {number} is {message!r}; expected {{"role": ..., "content": ...}}.')
+    content, role = message["content"], message["role"]
+    if role not in ("user", "assistant", "system"):
+        raise PromptError(f"message {number} has the role {role!r}; expected user, assistant or system.")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list | tuple) or not all(isinstance(p, dict) and "type" in p for p in parts):
+        raise PromptError(f"the content of message {number} is {content!r}; expected text or a list of typed parts.")
+    for part in parts:
+        if part["type"] == "text" and isinstance(part.get("text"), str):
+            continue
+        if part["type"] != "image":
+            raise PromptError(f"message {number} has the part {part!r}; expected a text or an image place.")
+    text = " ".join(p["text"] for p in parts if p["type"] == "text")
+    if not text.strip():
+        raise PromptError(f"message {number} ({role}) has no text. Ask a question.")
+    return {"role": role, "content": [dict(part) for part in parts]}
+
+
+def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Prompts -> ``input_ids`` and ``attention_mask`` [B, T], left-padded, and ``pixel_values`` of all images."""
+    if getattr(processor, "chat_template", None) is None:
+        raise PromptError(
+            "the processor has no chat template. Set processor.chat_template, or save one as chat_template.jinja "
+            "beside the checkpoint."
+        )
+    texts = []
+    for prompt in prompts:
+        for message in prompt.messages:
+            for part in message["content"]:
+                if part["type"] == "text" and processor.image_token in part["text"]:
+                    raise PromptError(
+                        f"the text {part['text']!r} contains {processor.image_token!r}, which marks an image. Pass "
+                        "images separately."
+                    )
+        texts.append(processor.apply_chat_template(prompt.messages, add_generation_prompt=True))
+    images = [image for prompt in prompts for image in prompt.images]
+    bos = processor.tokenizer.bos_token
+    # A template that writes the first token itself must not get a second one from the tokenizer.
+    starts = bos is not None and all(text.startswith(bos) for text in texts)
+    return dict(
+        processor(
+            text=texts,
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not starts,
+            return_tensors="pt",
+        )
+    )

@@ -1,0 +1,125 @@
+"""``RequestState``: everything one request carries through the model, from budget to plan.
+
+It travels as the keyword argument ``ada_state`` of ``forward`` to every decoder layer, so that nothing is kept on the
+model and several requests can run in threads at once. Layer 0 puts the latency token in, the first layer after the
+prefix decides the plan, the later ones obey it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adallava.errors import PlanError
+from adallava.hosts.execution import LayerRun, compile_plan
+from adallava.plan import ExecutionPlan
+from adallava.scheduling.sampling import NoiseSource
+from adallava.scheduling.scheduler import Mode, Scheduler
+
+
+class RequestState:
+    """One request: budget k per row, where the latency token is, and, once decided, the gates or the plan.
+
+    k: int64 [B]. latency_index: int64 [B], position of the latency token in the prompt; None until it is put in.
+    plan: a plan to obey instead of the scheduler's. mode: who decides, see ``Scheduler.gates``.
+    slot_id: token id that holds the latency token's place in input_ids; any but an image placeholder.
+    gated: compute everything and multiply by gates (training) rather than skip; None: as the layers' ``training``.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        k: Tensor,
+        *,
+        mode: Mode = "learned",
+        plan: ExecutionPlan | None = None,
+        latency_index: Tensor | None = None,
+        gated: bool | None = None,
+        slot_id: int = 0,
+        noise: NoiseSource | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.scheduler, self.config = scheduler, scheduler.config
+        self.k, self.mode, self.latency_index, self.gated = k, mode, latency_index, gated
+        self.slot_id, self.noise, self.generator = slot_id, noise, generator
+        self.forced = plan
+        self.logits: Tensor | None = None
+        self.gates: Tensor | None = None
+        self.plan: ExecutionPlan | None = None
+        self.runs: tuple[LayerRun, ...] | None = None
+        if plan is not None and plan.config != self.config:
+            raise PlanError(f"the plan is for {plan.config}, the model is {self.config}. Make the plan for this model.")
+
+    @property
+    def decided(self) -> bool:
+        """Whether the plan has been decided."""
+        return self.gates is not None
+
+    def place_latency_token(self, hidden_states: Tensor, past_tokens: int) -> Tensor:
+        """Put the latency tokens into the embeddings [B, T, D] that enter layer 0; decode steps pass unchanged."""
+        if past_tokens > 0:
+            if not self.decided:
+                raise PlanError(
+                    f"the KV cache already holds {past_tokens} tokens, but this request has no plan yet. A plan "
+                    "belongs to one request: start each request with an empty cache."
+                )
+            return hidden_states
+        batch, tokens, _ = hidden_states.shape
+        self._expand(batch)
+        assert self.latency_index is not None, "the top model sets the position before its layers run"
+        if int(self.latency_index.max()) >= tokens:
+            raise PlanError(
+                f"the latency token stands at position {int(self.latency_index.max())} of a prompt of {tokens} tokens "
+                "in this forward. Prompts cannot be prefilled in chunks: pass the whole prompt at once."
+            )
+        rows = torch.arange(batch, device=hidden_states.device)
+        token = self.scheduler.encode(self.k.to(hidden_states.device)).to(hidden_states.dtype)
+        return hidden_states.index_put((rows, self.latency_index.to(hidden_states.device)), token)
+
+    def decide(self, hidden_states: Tensor, gated: bool) -> None:
+        """Decide the plan from the residual stream [B, T, D] after the prefix; once, later calls change nothing."""
+        if self.decided:
+            return
+        batch = hidden_states.shape[0]
+        assert self.latency_index is not None
+        rows = torch.arange(batch, device=hidden_states.device)
+        state = hidden_states[rows, self.latency_index.to(hidden_states.device)]
+        k = self.k.to(hidden_states.device)
+        if self.forced is not None:
+            gates = self.forced.gates.to(hidden_states.device)
+        else:
+            gates = self._scheduled(state, k, gated)
+        self.gates = gates
+        if not gated:
+            self.plan = ExecutionPlan(gates > 0.5, self.config)
+            self.runs = compile_plan(self.plan, hidden_states.device)
+
+    def _scheduled(self, state: Tensor, k: Tensor, gated: bool) -> Tensor:
+        self.logits = self.scheduler.logits(state)
+        training = gated and self.scheduler.training
+        gates = self.scheduler.gates(
+            state, k, mode=self.mode, training=training, noise=self.noise, generator=self.generator
+        )
+        if training:
+            # Rows with k = 0 and the random mode give the head no gradient; distributed training wants one anyway.
+            gates = gates + 0.0 * self.logits.sum()
+        return gates
+
+    def run_of(self, layer: int) -> LayerRun:
+        """What ``layer`` has to do in a skipped run."""
+        assert self.runs is not None, "runs are compiled when a plan is decided for skipping"
+        return self.runs[layer]
+
+    def _expand(self, batch: int) -> None:
+        """Follow generate(), which repeats every sample for beams and for several answers before the prefill."""
+        given = len(self.k)
+        if given == batch:
+            return
+        if batch % given:
+            raise PlanError(f"{given} budgets for {batch} rows. Pass one budget, or one for each row.")
+        repeats = batch // given
+        self.k = self.k.repeat_interleave(repeats)
+        if self.latency_index is not None and len(self.latency_index) == given:
+            self.latency_index = self.latency_index.repeat_interleave(repeats)
+        if self.forced is not None:
+            self.forced = self.forced.repeat_interleave(repeats)
