@@ -57,6 +57,8 @@ def load(
     config_path = _file(source, CONFIG_FILE)
     config = AdaptiveConfig.from_json_file(config_path) if config_path else None
     has_base = _file(source, "config.json") is not None
+    if not has_base and config is None and not Path(source).is_dir():
+        raise _not_on_hub(source, "nothing there, or no network")
     if not has_base and (config is None or config.base_model is None):
         raise CheckpointError(
             f"{name} has no config.json and names no base model. Pass a checkpoint folder with config.json, or an "
@@ -70,7 +72,7 @@ def load(
 
 def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
     """Write ``vlm`` into ``folder``; see ``AdaptiveVLM.save_pretrained``."""
-    if adapter_only and (vlm.config is None or vlm.config.base_model is None):
+    if adapter_only and (vlm.adaptive_config is None or vlm.adaptive_config.base_model is None):
         raise CheckpointError(
             "an adapter-only folder must name its base model. Set base_model in the config, or save the whole model."
         )
@@ -78,9 +80,9 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
     if not adapter_only:
         vlm.model.save_pretrained(folder)
         vlm.processor.save_pretrained(folder)
-    if vlm.config is None or vlm.scheduler is None:
+    if vlm.adaptive_config is None or vlm.scheduler is None:
         return
-    config = vlm.config if adapter_only else replace(vlm.config, base_model=None)
+    config = vlm.adaptive_config if adapter_only else replace(vlm.adaptive_config, base_model=None)
     config.to_json_file(folder / CONFIG_FILE)
     save_file({k: v.contiguous() for k, v in vlm.scheduler.state_dict().items()}, folder / WEIGHTS_FILE)
 
@@ -111,11 +113,14 @@ def _file(source: str, name: str) -> str | None:
     try:
         return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise CheckpointError(
-            f"{source!r} is no local folder, and the hub does not give it ({str(error).splitlines()[0]}).\n"
-            f"Check the name or the network; shipped models are {', '.join(SHIPPED)}."
-            f"{did_you_mean(source, SHIPPED)}"
-        ) from error
+        raise _not_on_hub(source, str(error).splitlines()[0]) from error
+
+
+def _not_on_hub(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source!r} is no local folder, and the hub does not give it ({reason}). Check the name or the network; "
+        f"shipped models are {', '.join(SHIPPED)}.{did_you_mean(source, SHIPPED)}"
+    )
 
 
 def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

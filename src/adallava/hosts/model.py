@@ -51,7 +51,7 @@ class AdaptiveVLM(nn.Module):
         """Attach ``config`` to ``model`` in place; without a config the model stays as it is and runs at 100 %."""
         super().__init__()
         architecture_of(model)
-        self.processor, self.config = processor, config
+        self.processor, self.adaptive_config = processor, config
         self.mode: Mode = "learned"
         if config is not None:
             scheduler = scheduler or Scheduler(config)
@@ -89,12 +89,17 @@ class AdaptiveVLM(nn.Module):
 
     def detach(self) -> nn.Module:
         """Give the base model back as it was; this object cannot be used afterwards."""
-        if self.config is not None:
+        if self.adaptive_config is not None:
             detach(self.model)
-        model, self.model, self.scheduler, self.config = self.model, None, None, None
+        model, self.model, self.scheduler, self.adaptive_config = self.model, None, None, None
         return model
 
     # -- facts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The host's Hugging Face config, which Trainer and others look for here; ours is ``adaptive_config``."""
+        return self.model.config
 
     @property
     def device(self) -> torch.device:
@@ -108,13 +113,13 @@ class AdaptiveVLM(nn.Module):
 
     def reachable_budgets(self) -> list[Budget]:
         """The smallest budget of each k, ascending; only 100 % for a base model."""
-        if self.config is None:
+        if self.adaptive_config is None:
             return [Budget.parse(1)]
-        return [Budget.of_k(self.config, k) for k in range(self.config.max_k + 1)]
+        return [Budget.of_k(self.adaptive_config, k) for k in range(self.adaptive_config.max_k + 1)]
 
     def status(self) -> dict[str, Any]:
         """Plain data on what this model is and can do."""
-        config, weights = self.config, list(self.model.parameters())
+        config, weights = self.adaptive_config, list(self.model.parameters())
         budgets = self.reachable_budgets()
         return {
             "host": type(self.model).__name__,
@@ -146,12 +151,12 @@ class AdaptiveVLM(nn.Module):
         k: int64 [B], switches on per row. None: in training drawn uniformly from 0 to ``config.max_k`` for each row
             (the paper's random budgets), otherwise everything on. inputs: the host's, with ``labels`` in training.
         """
-        if self.config is None:
+        if self.adaptive_config is None:
             return self.model(**inputs)
         if ada_state is None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             if k is None:
-                full = self.config.max_k
+                full = self.adaptive_config.max_k
                 # On the CPU, so that a seed draws the same budgets on every device.
                 k = torch.randint(full + 1, (len(tokens),)) if self.training else torch.full((len(tokens),), full)
             ada_state = self.request_state(k)
@@ -214,7 +219,7 @@ class AdaptiveVLM(nn.Module):
         prompts = [to_prompt(request) for request in requests]
         inputs = self._to_device(encode(self.processor, prompts))
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
-        if self.config is not None:
+        if self.adaptive_config is not None:
             state = self._prepare(inputs, resolved, plan=plan, mode=mode or self.mode, generator=generator)
         elif plan is not None or mode is not None:
             raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
@@ -241,8 +246,8 @@ class AdaptiveVLM(nn.Module):
 
     def _resolve(self, budget: object) -> ResolvedBudget | None:
         parsed = Budget.parse(budget)
-        if self.config is not None:
-            return parsed.resolve(self.config)
+        if self.adaptive_config is not None:
+            return parsed.resolve(self.adaptive_config)
         if parsed.fraction != 1:
             raise BudgetError(f"budget {parsed} for a base model, which always runs whole. Ask for '100%'.")
         return None

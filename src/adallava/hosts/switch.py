@@ -75,6 +75,8 @@ class AdaptiveTop:
     """The top model: puts the slot of the latency token into the prompt and hands the state on."""
 
     host_class: type
+    training: bool
+    config: Any
 
     def adaptive_forward(self, *args: Any, ada_state: RequestState | None = None, **kwargs: Any) -> Any:
         """The host's forward; ``ada_state`` makes it adaptive, as does a cache that an adaptive prefill filled."""
@@ -84,15 +86,29 @@ class AdaptiveTop:
         forward = self.host_class.forward
         if ada_state is None:
             return forward(self, *args, **kwargs)
-        if isinstance(cache, AdaptiveCache) and cache.state is not ada_state:
-            raise ConfigError("the KV cache belongs to another request. Start each request with a cache of its own.")
         if args:
             kwargs = dict(inspect.signature(forward).bind_partial(self, *args, **kwargs).arguments)
             kwargs |= kwargs.pop("kwargs", {})
             kwargs.pop("self")
+        self._give_cache(kwargs, ada_state)
         if ada_state.latency_index is None:
             kwargs, ada_state.latency_index = insert_latency_slot(kwargs, ada_state.slot_id)
         return forward(self, **kwargs, ada_state=ada_state)
+
+
+    def _give_cache(self, kwargs: dict[str, Any], state: RequestState) -> None:
+        """Make the request's own cache where the host would make an ordinary one, and refuse any other."""
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            if not self.training and kwargs.get("use_cache", self.config.get_text_config().use_cache):
+                kwargs["past_key_values"] = AdaptiveCache(state)
+        elif not isinstance(cache, AdaptiveCache):
+            raise ConfigError(
+                f"a plan needs a KV cache that holds just what it runs, got a {type(cache).__name__}. Leave out "
+                "past_key_values, or pass AdaptiveCache(ada_state)."
+            )
+        elif cache.state is not state:
+            raise ConfigError("the KV cache belongs to another request. Start each request with a cache of its own.")
 
 
 class LlamaLikeLayer:
@@ -168,10 +184,6 @@ class LlamaLikeLayer:
     def _sliced_forward(self, x: Tensor, run: LayerRun, config: AdaptiveConfig, **kw: Any) -> Tensor:
         """Only the heads and neurons that are on, each on the rows that have it on."""
         cache = kw.get("past_key_values")
-        if cache is not None and not isinstance(cache, AdaptiveCache):
-            raise ConfigError(
-                f"variant H needs the KV cache of its plan, got {type(cache).__name__}. Use AdaptiveVLM.generate."
-            )
 
         def heads(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
             some = _attention_args(_select_rows(kw, bundle.rows, len(x)))

@@ -26,18 +26,19 @@ class SceneData:
     """Which scenes a data set draws: ``size`` of them.
 
     ``max_objects`` is a curriculum: the first of ``len(max_objects)`` equal parts of the set shows at most
-    ``max_objects[0]`` things in a scene, and so on.
+    ``max_objects[0]`` things in a scene, and so on. ``twins`` as in ``sample_scene``.
     """
 
     size: int
     seed: int = 0
     split: Split = "train"
     max_objects: tuple[int, ...] = (6,)
+    twins: int = 1
 
     def scene(self, index: int) -> Scene:
         """Scene ``index`` of the set."""
         part = index * len(self.max_objects) // self.size
-        return sample_scene(self.split, self.seed, index, self.max_objects[part])
+        return sample_scene(self.split, self.seed, index, self.max_objects[part], self.twins)
 
 
 class DescriptionDataset(Dataset):

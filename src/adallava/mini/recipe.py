@@ -1,16 +1,19 @@
-"""How the mini model is made: the paper's stages, each a few minutes on two cores.
+"""How the mini model is made: the paper's stages, from minutes to an hour each on two cores.
 
     tower      CLIP-style: scenes against their descriptions, so that the CLS attention comes to mean something
     captions   a LLaVA around that tower, trained to describe
     questions  several questions to a scene; this is the base model
+    adaptive   L or H from the base model, with a random budget for every sample
 
-The adaptive stages (``mini-L``, ``mini-H``) start from the base. ``shallow`` is the control that asks whether depth
-matters: the same recipe with the prefix depth alone. Every stage can be stopped and continued.
+Two controls answer two questions. ``mini-shallow``, the base recipe at the prefix depth: does depth matter?
+``mini-L-random``, the adaptive stage under random plans (the paper's Fig. D): does the scheduler? Every stage writes
+into a folder of its own, is skipped where its result is there already, and continues where it was stopped.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,19 +21,32 @@ import torch
 from transformers import CLIPModel, LlavaForConditionalGeneration, TrainerCallback
 
 from adallava.data.collate import Collator
+from adallava.errors import UnknownNameError, did_you_mean
+from adallava.hosts.load import CONFIG_FILE
+from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.build import build_processor, clip_config, llava_config
 from adallava.mini.dataset import ConversationDataset, DescriptionDataset, SceneData
-from adallava.mini.questions import FAMILIES
+from adallava.mini.questions import FAMILIES, KINDS
+from adallava.scheduling.scheduler import Mode
 from adallava.training.fit import TrainConfig, fit
 
 log = logging.getLogger(__name__)
 
 LAYERS = 12
 PREFIX_LAYERS = LAYERS // 2
-TOWER = TrainConfig(steps=1600, batch_size=128, learning_rate=1e-3, warmup_frac=0.05)
-CAPTIONS = TrainConfig(steps=800, batch_size=32, learning_rate=1.5e-3, warmup_frac=0.1)
-QUESTIONS = TrainConfig(steps=2600, batch_size=32, learning_rate=1.5e-3)
+# With random batches colours and places alone tell scenes apart, and the tower never learns a digit (tried). So a
+# batch is eight layouts with one scene for each of the fifteen kinds.
+TWINS = len(KINDS)
+TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05)
+CAPTIONS = TrainConfig(steps=400, batch_size=32, learning_rate=1.5e-3, warmup_frac=0.1)
+QUESTIONS = TrainConfig(steps=2000, batch_size=32, learning_rate=1.5e-3)
 QUESTIONS_PER_SCENE = 12
+# In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
+ADAPTIVE = TrainConfig(steps=1600, batch_size=32, learning_rate=8e-4, warmup_frac=0.05)
+ADAPTIVE_QUESTIONS = 3
+HEADS_PER_SWITCH = 2
+
+Callbacks = list[TrainerCallback] | None
 
 
 @dataclass(frozen=True)
@@ -46,14 +62,15 @@ def scaled(config: TrainConfig, scale: float) -> TrainConfig:
     return replace(config, steps=max(2, round(config.steps * scale)))
 
 
-def train_tower(output: Path, scale: float = 1.0, callbacks: list[TrainerCallback] | None = None) -> CLIPModel:
+def train_tower(output: Path, scale: float = 1.0, callbacks: Callbacks = None) -> CLIPModel:
     """Stage 1: contrastive training of the vision tower. Saves a ``CLIPModel`` folder."""
     if (output / "config.json").exists():
         return CLIPModel.from_pretrained(output)
     torch.manual_seed(0)
     tokenizer, config = build_processor().tokenizer, scaled(TOWER, scale)
     model = CLIPModel(clip_config(tokenizer))
-    data = DescriptionDataset(tokenizer, SceneData(config.steps * config.batch_size, max_objects=(1, 2, 4, 4)))
+    scenes = SceneData(config.steps * config.batch_size, max_objects=(1, 1, 2, 3), twins=TWINS)
+    data = DescriptionDataset(tokenizer, scenes)
     fit(model, data, _ContrastiveCollator(Collator(tokenizer.pad_token_id)), config, output, callbacks)
     model.save_pretrained(output)
     return model
@@ -66,7 +83,7 @@ def train_language(
     data: SceneData,
     questions: int,
     families: tuple[str, ...] = tuple(FAMILIES),
-    callbacks: list[TrainerCallback] | None = None,
+    callbacks: Callbacks = None,
 ) -> LlavaForConditionalGeneration:
     """Stages 2 and 3: language modelling on conversations about scenes. Saves a LLaVA folder with its processor."""
     if (output / "config.json").exists():
@@ -80,11 +97,11 @@ def train_language(
 
 
 def train_base(
-    output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks: list[TrainerCallback] | None = None
+    output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks: Callbacks = None
 ) -> Path:
     """All three base stages, each skipped where its result is there already; returns the base model's folder."""
     tower = train_tower(output / "tower", scale, callbacks)
-    name = "base" if layers == LAYERS else f"base-{layers}-layers"
+    name = "mini-base" if layers == LAYERS else "mini-shallow"
     torch.manual_seed(1)
     model = LlavaForConditionalGeneration(llava_config(build_processor().tokenizer, layers))
     model.model.vision_tower.load_state_dict(tower.vision_model.state_dict())
@@ -107,3 +124,77 @@ def train_base(
         callbacks=callbacks,
     )
     return output / name
+
+
+def train_adaptive(
+    base: Path, output: Path, variant: str, mode: Mode = "learned", scale: float = 1.0, callbacks: Callbacks = None
+) -> Path:
+    """The adaptive stage from the base model in ``base``; mode "random" trains under random plans."""
+    if (output / CONFIG_FILE).exists():
+        return output
+    torch.manual_seed(3)
+    model, processor = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), build_processor()
+    fields = {"heads_per_switch": HEADS_PER_SWITCH} if variant == "H" else {}
+    vlm = AdaptiveVLM.adapt(model, processor, variant=variant, prefix_layers=PREFIX_LAYERS, **fields)
+    vlm.mode = mode
+    config = scaled(ADAPTIVE, scale)
+    data = SceneData(config.steps * config.batch_size, seed=3)
+    dataset = ConversationDataset(processor.tokenizer, data, ADAPTIVE_QUESTIONS)
+    fit(vlm, dataset, Collator(processor.tokenizer.pad_token_id, mask_padding=False), config, output, callbacks)
+    vlm.save_pretrained(output)
+    return output
+
+
+def _base(output: Path, scale: float, callbacks: Callbacks) -> Path:
+    return train_base(output, LAYERS, scale, callbacks)
+
+
+def _shallow(output: Path, scale: float, callbacks: Callbacks) -> Path:
+    return train_base(output, PREFIX_LAYERS, scale, callbacks)
+
+
+def _adaptive(name: str, variant: str, mode: Mode = "learned") -> Callable[..., Path]:
+    def train(output: Path, scale: float, callbacks: Callbacks) -> Path:
+        base = train_base(output, LAYERS, scale, callbacks)
+        return train_adaptive(base, output / name, variant, mode, scale, callbacks)
+
+    return train
+
+
+def _all(output: Path, scale: float, callbacks: Callbacks) -> Path:
+    for name in ("mini-base", "mini-L", "mini-H"):
+        RECIPES[name].train(output, scale, callbacks)
+    return output
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named training run: what it makes, and how."""
+
+    about: str
+    train: Callable[..., Path]
+
+
+RECIPES = {
+    "mini": Recipe("the base model, then L and H: what the package ships", _all),
+    "mini-base": Recipe("the base model: tower, captions, questions", _base),
+    "mini-L": Recipe("AdaLLaVA-L from the base model", _adaptive("mini-L", "L")),
+    "mini-H": Recipe("AdaLLaVA-H from the base model", _adaptive("mini-H", "H")),
+    "mini-L-random": Recipe("control: the L stage under random plans", _adaptive("mini-L-random", "L", "random")),
+    "mini-shallow": Recipe("control: the base recipe with only the prefix depth", _shallow),
+}
+
+
+def run(name: str, output: Path, scale: float = 1.0, callbacks: Callbacks = None) -> Path:
+    """Run a recipe by name into ``output``, with ``scale`` times its steps; returns the folder of the result."""
+    if name not in RECIPES:
+        raise UnknownNameError(
+            f"there is no recipe {name!r}; known: {', '.join(RECIPES)}.{did_you_mean(name, RECIPES)}"
+        )
+    return RECIPES[name].train(output, scale, callbacks)
+
+
+def export(source: Path, target: Path) -> None:
+    """Write a trained model as the package ships it: half precision, without its training state."""
+    vlm = AdaptiveVLM.from_pretrained(source, dtype=torch.float16, device="cpu")
+    vlm.save_pretrained(target)

@@ -105,32 +105,43 @@ def digit_samples(split: Split) -> frozenset[int]:
     return frozenset(i for ids in _digit_images()[1][split] for i in ids)
 
 
-def sample_scene(split: Split, seed: int, index: int, max_objects: int = 6) -> Scene:
-    """Draw scene ``index`` of a split: 2 to ``max_objects`` things (1 if that is the maximum) in distinct cells."""
-    rng = random.Random(f"adallava-mini/{split}/{seed}/{index}")
-    count = rng.randint(min(2, max_objects), max_objects)
-    cells = sorted(rng.sample([(r, c) for r in range(RASTER) for c in range(RASTER)], count))
-    # Repeated kinds make counting and unique references non-trivial: half the scenes favour one kind.
-    favourite = _draw_kind(rng) if rng.random() < 0.5 else None
+def sample_scene(split: Split, seed: int, index: int, max_objects: int = 6, twins: int = 1) -> Scene:
+    """Draw scene ``index`` of a split: 2 to ``max_objects`` things (1 if that is the maximum) in distinct cells.
+
+    twins: this many successive scenes share places and colours and differ in their kinds, the first thing's kind in
+    all of them if there are as many kinds. To tell twins apart one has to recognise the things.
+    """
+    layout = random.Random(f"adallava-mini/{split}/{seed}/{index // twins}")
+    rng = random.Random(f"adallava-mini/{split}/{seed}/{index}/{twins}")
+    count = layout.randint(min(2, max_objects), max_objects)
+    cells = sorted(layout.sample([(r, c) for r in range(RASTER) for c in range(RASTER)], count))
+    colors = [layout.choice(tuple(COLORS)) for _ in cells]
+    kinds = _draw_kinds(rng, count)
+    if twins > 1:
+        kinds[layout.randrange(count)] = (DIGITS + SHAPES)[index % twins % len(DIGITS + SHAPES)]
     objects = []
-    for row, column in cells:
-        kind = favourite if favourite is not None and rng.random() < 0.5 else _draw_kind(rng)
+    for (row, column), color, kind in zip(cells, colors, kinds, strict=True):
         size = rng.choice(SIZES)
         slack = CELL - size
-        digit = rng.choice(_digit_images()[1][split][DIGITS.index(kind)]) if kind in DIGITS else None
         objects.append(
             SceneObject(
                 kind,
-                rng.choice(tuple(COLORS)),
+                color,
                 row,
                 column,
                 x=column * CELL + rng.randint(0, slack),
                 y=row * CELL + rng.randint(0, slack),
                 size=size,
-                digit_sample=digit,
+                digit_sample=rng.choice(_digit_images()[1][split][DIGITS.index(kind)]) if kind in DIGITS else None,
             )
         )
     return Scene(tuple(objects), rng.getrandbits(32))
+
+
+def _draw_kinds(rng: random.Random, count: int) -> list[str]:
+    """Kinds of ``count`` things; half the scenes favour one kind, so that counting and naming are not trivial."""
+    favourite = _draw_kind(rng) if rng.random() < 0.5 else None
+    return [favourite if favourite and rng.random() < 0.5 else _draw_kind(rng) for _ in range(count)]
 
 
 def _draw_kind(rng: random.Random) -> str:

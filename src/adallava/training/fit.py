@@ -49,6 +49,9 @@ class TrainConfig:
 
     def to_arguments(self, output: Path) -> TrainingArguments:
         """The equivalent ``TrainingArguments``."""
+        checkpointing: dict[str, Any] = {}
+        if self.gradient_checkpointing:
+            checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
         return TrainingArguments(
             output_dir=str(output / "checkpoints"),
             max_steps=self.steps,
@@ -63,14 +66,13 @@ class TrainConfig:
             save_steps=self.save_every,
             save_total_limit=2,
             logging_steps=self.log_every,
-            gradient_checkpointing=self.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if self.gradient_checkpointing else None,
             bf16=self.bf16,
             use_cpu=not torch.cuda.is_available(),
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             report_to="none",
+            **checkpointing,
         )
 
 
