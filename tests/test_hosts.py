@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import ROWS, processor, tiny_base, tiny_vlm
 
 from adallava.errors import CheckpointError, ConfigError, PlanError, PromptError
 from adallava.hosts.cache import AdaptiveCache
@@ -13,6 +12,7 @@ from adallava.hosts.prompts import encode, to_prompt
 from adallava.hosts.switch import attach, is_attached
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.plan import ExecutionPlan
+from tiny import ROWS, processor, tiny_base, tiny_vlm
 
 IMAGES = [to_image(sample_scene("test", 0, i)) for i in range(3)]
 BUDGETS = ("100%", "85%", "70%", "50%")
@@ -178,13 +178,17 @@ def test_adapter_only_folder_names_its_base(host, variant, tmp_path):
     vlm = tiny_vlm(host, variant)
     with pytest.raises(CheckpointError, match="must name its base model"):
         vlm.save_pretrained(tmp_path / "adapter", adapter_only=True)
-    named = type(vlm).adapt(
-        vlm.detach(),
-        processor(),
-        variant=variant,
-        heads_per_switch=2 if variant == "H" else None,
-        base_model=str(tmp_path / "base"),
-    ).eval()
+    named = (
+        type(vlm)
+        .adapt(
+            vlm.detach(),
+            processor(),
+            variant=variant,
+            heads_per_switch=2 if variant == "H" else None,
+            base_model=str(tmp_path / "base"),
+        )
+        .eval()
+    )
     named.save_pretrained(tmp_path / "adapter", adapter_only=True)
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adaptive.safetensors", "adaptive_config.json"]
     again = type(named).from_pretrained(tmp_path / "adapter")
@@ -316,8 +320,9 @@ def test_a_plan_can_be_given_and_modes_differ():
     assert vlm.generate(IMAGES[0], "how many ?", plan=plan, **OPTIONS).plan == plan
     generator = torch.Generator().manual_seed(1)
     plans = {
-        vlm.generate(IMAGES[0], "how many ?", budget="70%", mode="random", generator=generator, **OPTIONS)
-        .plan.describe()
+        vlm.generate(
+            IMAGES[0], "how many ?", budget="70%", mode="random", generator=generator, **OPTIONS
+        ).plan.describe()
         for _ in range(20)
     }
     assert len(plans) == 3
@@ -417,8 +422,6 @@ def test_a_failed_attach_changes_nothing():
 def test_other_hosts_are_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=8
-    )
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
     with pytest.raises(CheckpointError, match="'llama'.*cannot be made adaptive yet; known: llava"):
         type(tiny_vlm()).adapt(LlamaForCausalLM(config), processor(), variant="L")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import processor, tiny_base, tiny_vlm
 
 from adallava import AdaptiveVLM
 from adallava.errors import BudgetError, CheckpointError, ConfigError
+from tiny import processor, tiny_base, tiny_vlm
 
 
 @pytest.fixture
@@ -64,7 +64,9 @@ def test_missing_and_foreign_keys(folder, file):
         AdaptiveVLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("file", "key"), [("model.safetensors", "language_model.lm_head.weight"), ("adaptive.safetensors", "head.bias")])
+@pytest.mark.parametrize(
+    ("file", "key"), [("model.safetensors", "language_model.lm_head.weight"), ("adaptive.safetensors", "head.bias")]
+)
 def test_misshapen_keys(folder, file, key):
     change(folder, file, lambda weights: weights.update({key: torch.zeros(2, 3)}))
     with pytest.raises(CheckpointError, match=f"1 shapes differ, such as .*{key.split('.', 1)[-1]}"):

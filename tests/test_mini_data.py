@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from tiny import processor
 
 from adallava.data.collate import Collator
 from adallava.data.conversation import ConversationEncoder
@@ -15,6 +14,7 @@ from adallava.mini.build import IMAGE_TOKENS
 from adallava.mini.dataset import ConversationDataset, DescriptionDataset, SceneData, to_pixels
 from adallava.mini.scenes import DIGITS, Scene, SceneObject, digit_samples, render, sample_scene, to_image
 from adallava.mini.scoring import mean_and_interval, score
+from tiny import processor
 
 
 def thing(kind, color, row, column):
@@ -48,7 +48,7 @@ def test_objects_stay_in_their_cells_and_are_visible():
         assert 2 <= len(scene.objects) <= 6
         assert len({(o.row, o.column) for o in scene.objects}) == len(scene.objects)
         for o in scene.objects:
-            assert o.column * 24 <= o.x and o.x + o.size <= (o.column + 1) * 24
+            assert o.column * 27 <= o.x and o.x + o.size <= o.column * 27 + 18
             assert picture[o.y : o.y + o.size, o.x : o.x + o.size].max() > 120
 
 

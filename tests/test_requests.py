@@ -5,13 +5,13 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_vlm
 
 from adallava.errors import BudgetError, ImageError, PlanError, PromptError
 from adallava.hosts import images
 from adallava.hosts.images import load_image
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.plan import ExecutionPlan
+from tiny import tiny_vlm
 
 PICTURE = to_image(sample_scene("test", 0, 0))
 
@@ -97,7 +97,10 @@ def test_empty_questions(vlm, question):
         ([{"role": "user", "text": "x"}], "expected .*role"),
         ([{"role": "user", "content": [{"type": "video"}]}], "expected a text or an image place"),
         ([{"role": "user", "content": 5}], "expected text or a list"),
-        ([{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "x"}]}], "2 image places, but 1"),
+        (
+            [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "x"}]}],
+            "2 image places, but 1",
+        ),
         ([{"role": "user", "content": "where is <image> ?"}], "contains '<image>'"),
     ],
 )

@@ -64,6 +64,7 @@ class Stopwatch(StoppingCriteria):
         return time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Note the time; called by generate() after each token."""
         self.seconds.append(self._now() - self.started)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 

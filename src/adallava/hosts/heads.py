@@ -7,6 +7,7 @@ here, on the same weights: query/key/value/gate/up are sliced along rows and out
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def _columns(linear: nn.Linear, x: Tensor, spans: Sequence[Span], unit: int) -> 
 
 
 def attention_heads(
-    attention: nn.Module,
+    attention: Any,
     x: Tensor,
     spans: Sequence[Span],
     *,
@@ -94,16 +95,16 @@ def attention_heads(
     return _columns(attention.o_proj, out, spans, head_dim * ratio)
 
 
-def mlp_neurons(mlp: nn.Module, x: Tensor, spans: Sequence[Span], bounds: Sequence[int]) -> Tensor:
+def mlp_neurons(mlp: Any, x: Tensor, spans: Sequence[Span], bounds: Sequence[int]) -> Tensor:
     """MLP output of the neuron shares in ``spans``, before the output bias: [R, T, D] -> [R, T, D]."""
     neurons = [(bounds[start], bounds[stop]) for start, stop in spans]
     hidden = mlp.act_fn(_rows(mlp.gate_proj, x, neurons, 1)) * _rows(mlp.up_proj, x, neurons, 1)
     return _columns(mlp.down_proj, hidden, neurons, 1)
 
 
-def gated_mlp(mlp: nn.Module, x: Tensor, gates: Tensor, bounds: Sequence[int]) -> Tensor:
+def gated_mlp(mlp: Any, x: Tensor, gates: Tensor, bounds: Sequence[int]) -> Tensor:
     """The whole MLP with each neuron share multiplied by its gate, [R, G], before the output projection."""
-    widths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], device=gates.device)
+    widths = torch.tensor([stop - start for start, stop in pairwise(bounds)], device=gates.device)
     per_neuron = gates.repeat_interleave(widths, dim=-1)[:, None]  # [R, 1, F]
     hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
     return functional.linear(hidden * per_neuron.to(hidden.dtype), mlp.down_proj.weight)

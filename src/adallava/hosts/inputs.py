@@ -20,8 +20,8 @@ def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str,
     token of the prompt, which with left padding is the last position of every row. The embedding of ``slot_id`` is
     never read, because layer 0 puts the latency token there; it only must not be an image placeholder.
     """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    tokens = ids if ids is not None else embeds
+    ids = inputs.get("input_ids")
+    tokens = ids if ids is not None else inputs.get("inputs_embeds")
     if tokens is None:
         raise PromptError("neither input_ids nor inputs_embeds was passed. Pass input_ids [B, T].")
     if inputs.get("position_ids") is not None:
@@ -32,7 +32,7 @@ def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str,
     if ids is not None:
         new["input_ids"] = _insert(ids, index, slot_id)
     else:
-        new["inputs_embeds"] = _insert(embeds, index, 0)
+        new["inputs_embeds"] = _insert(tokens, index, 0)
     for name, value in _PER_TOKEN.items():
         if isinstance(inputs.get(name), Tensor):
             new[name] = _insert(inputs[name], index, value)

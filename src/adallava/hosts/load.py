@@ -100,7 +100,8 @@ def _source(name: str | Path) -> str:
     looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
     if looks_local:
         raise CheckpointError(
-            f"there is no model {text!r}: neither a folder nor one of {', '.join(SHIPPED)}.{did_you_mean(text, SHIPPED)}"
+            f"there is no model {text!r}: neither a folder nor one of {', '.join(SHIPPED)}."
+            f"{did_you_mean(text, SHIPPED)}"
         )
     return text
 

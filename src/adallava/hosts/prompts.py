@@ -37,10 +37,7 @@ def to_prompt(request: Request) -> Prompt:
     images = [load_image(source) for source in _as_list(request.images)]
     if (request.question is None) == (request.messages is None):
         raise PromptError("pass either a question or messages, one of the two.")
-    if request.messages is None:
-        messages = [{"role": "user", "content": request.question}]
-    else:
-        messages = list(request.messages)
+    messages = request.messages or ([] if request.question is None else [_user(request.question)])
     checked = [_message(message, number) for number, message in enumerate(messages)]
     if not checked or checked[-1]["role"] != "user":
         raise PromptError("the last message must be the user's: it is the one to answer.")
@@ -51,6 +48,10 @@ def to_prompt(request: Request) -> Prompt:
     elif places != len(images):
         raise PromptError(f"the messages have {places} image places, but {len(images)} images were passed.")
     return Prompt(checked, images)
+
+
+def _user(question: str) -> Message:
+    return {"role": "user", "content": question}
 
 
 def _as_list(images: Any) -> list[Any]:

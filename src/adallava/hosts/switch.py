@@ -27,7 +27,7 @@ def attach(model: nn.Module, config: AdaptiveConfig) -> None:
     """Make ``model`` adaptive in place; ``ConfigError`` if ``config`` is not of this model."""
     layers = decoder_layers(model)
     expected = AdaptiveConfig.from_model_config(
-        model.config.get_text_config(),  # type: ignore[union-attr, operator]
+        model.config.get_text_config(),  # type: ignore[operator, union-attr]
         variant=config.variant,
         prefix_layers=config.prefix_layers,
     )
@@ -58,23 +58,28 @@ def is_attached(model: nn.Module) -> bool:
 
 
 @functools.cache
-def _adaptive_class(host: type, mixin: type) -> type:
+def _adaptive_class(host: Any, mixin: Any) -> Any:
     """A subclass of ``host`` with the behaviour of ``mixin`` and the host's name and forward signature."""
-    forward = functools.wraps(host.forward)(mixin.__dict__["adaptive_forward"])  # type: ignore[attr-defined]
-    signature = inspect.signature(host.forward)  # type: ignore[attr-defined]
+    forward: Any = functools.wraps(host.forward)(mixin.__dict__["adaptive_forward"])
+    signature = inspect.signature(host.forward)
     parameters = list(signature.parameters.values())
     state = inspect.Parameter("ada_state", inspect.Parameter.KEYWORD_ONLY, default=None)
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     # generate() and Trainer read the signature to learn what a model accepts.
     forward.__signature__ = signature.replace(parameters=[*parameters[:at], state, *parameters[at:]])
-    names = {"forward": forward, "host_class": host, "__module__": host.__module__, "__doc__": host.__doc__}
+    names: dict[str, Any] = {
+        "forward": forward,
+        "host_class": host,
+        "__module__": host.__module__,
+        "__doc__": host.__doc__,
+    }
     return type(host.__name__, (mixin, host), names)
 
 
 class AdaptiveTop:
     """The top model: puts the slot of the latency token into the prompt and hands the state on."""
 
-    host_class: type
+    host_class: Any
     training: bool
     config: Any
 
@@ -95,7 +100,6 @@ class AdaptiveTop:
             kwargs, ada_state.latency_index = insert_latency_slot(kwargs, ada_state.slot_id)
         return forward(self, **kwargs, ada_state=ada_state)
 
-
     def _give_cache(self, kwargs: dict[str, Any], state: RequestState) -> None:
         """Make the request's own cache where the host would make an ordinary one, and refuse any other."""
         cache = kwargs.get("past_key_values")
@@ -114,7 +118,7 @@ class AdaptiveTop:
 class LlamaLikeLayer:
     """A decoder layer built as norm, attention, add; norm, gated MLP, add."""
 
-    host_class: type
+    host_class: Any
     self_attn: Any
     mlp: Any
     training: bool
@@ -143,7 +147,9 @@ class LlamaLikeLayer:
             )
         return True if state.gated is None else state.gated
 
-    def adaptive_forward(self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kw: Any) -> Any:
+    def adaptive_forward(
+        self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kw: Any
+    ) -> Any:
         """The host's forward, gated or cut down as the request's plan says."""
         if ada_state is None:
             return self.host_class.forward(self, hidden_states, *args, **kw)

@@ -1,4 +1,4 @@
-"""Training samples drawn on the fly: sample ``i`` is a pure function of (split, seed, i), so resuming repeats nothing."""
+"""Training samples drawn on the fly: sample ``i`` is a pure function of (split, seed, i), so resuming repeats none."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ PLURALS = {k: {"six": "sixes", "cross": "crosses", "zero": "zeros"}.get(k, k + "
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 LETTERS = ("a", "b", "c")
 DESCRIBE = "describe the picture"
+_FUNCTION_WORDS = "what color is the how many things are there at number numbers a an which thing describe picture"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def open_question(scene: Scene, rng: random.Random) -> Question | None:
     form = rng.randrange(4)
     if form == 0:
         thing = _one(rng, _unique_kinds(scene))
-        return thing and Question("open", f"what color is the {thing.kind} ?", thing.color)
+        return None if thing is None else Question("open", f"what color is the {thing.kind} ?", thing.color)
     if form == 1:
         color = rng.choice(scene.objects).color if rng.random() < 0.8 else rng.choice(tuple(COLORS))
         count = sum(o.color == color for o in scene.objects)
@@ -84,7 +85,7 @@ def reading(scene: Scene, rng: random.Random) -> Question | None:
     if form == 0:
         colors = [o.color for o in digits]
         thing = _one(rng, [o for o in digits if colors.count(o.color) == 1])
-        return thing and Question("reading", f"what number is {thing.color} ?", thing.kind)
+        return None if thing is None else Question("reading", f"what number is {thing.color} ?", thing.kind)
     if form == 1:
         thing = rng.choice(digits)
         return Question("reading", f"what number is at the {thing.place} ?", thing.kind)
@@ -116,8 +117,8 @@ def relation(scene: Scene, rng: random.Random) -> Question | None:
         return None
     thing, path = start, f"the {start.kind}"
     for _ in range(2 if rng.random() < 0.4 else 1):
-        steps = [(name, o) for name, (dr, dc) in RELATIONS.items() if (o := scene.at(thing.row + dr, thing.column + dc))]
-        steps = [(name, o) for name, o in steps if o is not start]
+        near = [(name, scene.at(thing.row + dr, thing.column + dc)) for name, (dr, dc) in RELATIONS.items()]
+        steps = [(name, o) for name, o in near if o is not None and o is not start]
         if not steps:
             return None
         name, thing = rng.choice(steps)
@@ -179,5 +180,5 @@ def vocabulary() -> list[str]:
     words = [*COLORS, *KINDS, *PLURALS.values(), *LETTERS, *(f"({letter})" for letter in LETTERS)]
     words += [place for row in PLACES for place in row]
     words += ["yes", "no", ",", "?", ".", "above", "below", "of"]
-    words += "what color is the how many things are there at number numbers a an which thing describe picture".split()
+    words += _FUNCTION_WORDS.split()
     return list(dict.fromkeys(words))

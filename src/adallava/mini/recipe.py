@@ -37,12 +37,12 @@ PREFIX_LAYERS = LAYERS // 2
 # With random batches colours and places alone tell scenes apart, and the tower never learns a digit (tried). So a
 # batch is eight layouts with one scene for each of the fifteen kinds.
 TWINS = len(KINDS)
-TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05)
-CAPTIONS = TrainConfig(steps=400, batch_size=32, learning_rate=1.5e-3, warmup_frac=0.1)
-QUESTIONS = TrainConfig(steps=2000, batch_size=32, learning_rate=1.5e-3)
+TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05, in_order=True)
+CAPTIONS = TrainConfig(steps=400, batch_size=32, learning_rate=1.5e-3, warmup_frac=0.1, in_order=True)
+QUESTIONS = TrainConfig(steps=2000, batch_size=32, learning_rate=1.5e-3, in_order=True)
 QUESTIONS_PER_SCENE = 12
 # In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
-ADAPTIVE = TrainConfig(steps=1600, batch_size=32, learning_rate=8e-4, warmup_frac=0.05)
+ADAPTIVE = TrainConfig(steps=1600, batch_size=32, learning_rate=8e-4, warmup_frac=0.05, in_order=True)
 ADAPTIVE_QUESTIONS = 3
 HEADS_PER_SWITCH = 2
 
@@ -96,9 +96,7 @@ def train_language(
     return model
 
 
-def train_base(
-    output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks: Callbacks = None
-) -> Path:
+def train_base(output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks: Callbacks = None) -> Path:
     """All three base stages, each skipped where its result is there already; returns the base model's folder."""
     tower = train_tower(output / "tower", scale, callbacks)
     name = "mini-base" if layers == LAYERS else "mini-shallow"

@@ -15,7 +15,7 @@ def normalise(text: str) -> str:
 
 
 def score(question: Question, answer: str) -> float:
-    """Score an answer in [0, 1]: 1 or 0 for an exact match; F1 of the (place, colour, kind) phrases of a description."""
+    """Score an answer in [0, 1]: exact match, or F1 of the (place, colour, kind) phrases of a description."""
     if question.family != "description":
         return float(normalise(answer) == normalise(question.answer))
     wanted, given = (Counter(p.strip() for p in normalise(t).split(",")) for t in (question.answer, answer))

@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one stage. The defaults of the paper's full-scale recipes are set by those recipes."""
+    """Settings of one stage; ``in_order`` takes samples as the data set gives them instead of shuffling it."""
 
     steps: int
     batch_size: int = 32
@@ -46,6 +46,7 @@ class TrainConfig:
     log_every: int = 20
     gradient_checkpointing: bool = False
     bf16: bool = False
+    in_order: bool = False
 
     def to_arguments(self, output: Path) -> TrainingArguments:
         """The equivalent ``TrainingArguments``."""
@@ -68,6 +69,7 @@ class TrainConfig:
             logging_steps=self.log_every,
             bf16=self.bf16,
             use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="sequential" if self.in_order else "random",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,

@@ -1,0 +1,87 @@
+"""Training: interrupted runs continue as if nothing had happened, and every stage makes a model that loads."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import processor, tiny_vlm
+from transformers import TrainerCallback
+
+from adallava import AdaptiveVLM
+from adallava.data.collate import Collator
+from adallava.errors import UnknownNameError
+from adallava.mini import recipe
+from adallava.mini.dataset import ConversationDataset, SceneData
+from adallava.training.fit import Interrupted, TrainConfig, fit
+
+CONFIG = TrainConfig(steps=6, batch_size=2, save_every=2, log_every=1, in_order=True)
+
+
+class Kill(TrainerCallback):
+    """Sends this process a Ctrl-C in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def train(variant, output, callbacks=(), mode="learned"):
+    vlm = tiny_vlm(variant=variant).train()
+    vlm.mode = mode
+    dataset = ConversationDataset(processor().tokenizer, SceneData(CONFIG.steps * CONFIG.batch_size), 2)
+    history = fit(vlm, dataset, Collator(processor().tokenizer.pad_token_id), CONFIG, output, list(callbacks))
+    return [h["loss"] for h in history if "loss" in h], vlm
+
+
+@pytest.mark.parametrize("variant", ["L", "H"])
+def test_an_interrupted_run_continues_with_the_same_losses(variant, tmp_path):
+    losses, whole = train(variant, tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="start again to go on"):
+        train(variant, tmp_path / "cut", [Kill(3)])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "cut" / "checkpoints" / "checkpoint-4").is_dir()
+    continued, resumed = train(variant, tmp_path / "cut")
+    assert len(losses) == 6 and continued == pytest.approx(losses, abs=1e-6)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+def test_training_under_random_plans_leaves_the_scheduler_alone(tmp_path):
+    before = tiny_vlm().scheduler.state_dict()
+    _, vlm = train("L", tmp_path, mode="random")
+    assert torch.equal(vlm.scheduler.head.weight, before["head.weight"])
+    encoder = "latency_encoder.net.3.weight"
+    assert not torch.equal(vlm.scheduler.state_dict()[encoder], before[encoder]), "the latency token still learns"
+
+
+def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "TOWER", replace(recipe.TOWER, batch_size=6))
+    for stage in ("CAPTIONS", "QUESTIONS", "ADAPTIVE"):
+        monkeypatch.setattr(recipe, stage, replace(getattr(recipe, stage), batch_size=2))
+    scale = 1e-9  # two steps a stage
+    recipe.run("mini", tmp_path, scale)
+    made = {p.name for p in tmp_path.iterdir()}
+    assert made == {"tower", "mini-base-captions", "mini-base", "mini-L", "mini-H"}
+    stamp = (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns
+    recipe.run("mini-L", tmp_path, scale)
+    assert (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns == stamp, "a finished stage is not repeated"
+    recipe.run("mini-shallow", tmp_path, scale)
+    assert AdaptiveVLM.from_pretrained(tmp_path / "mini-shallow").spec.num_layers == recipe.PREFIX_LAYERS
+    for name, variant in (("mini-L", "L"), ("mini-H", "H")):
+        recipe.export(tmp_path / name, tmp_path / "shipped" / name)
+        vlm = AdaptiveVLM.from_pretrained(tmp_path / "shipped" / name)
+        assert vlm.status()["variant"] == variant
+        assert vlm.generate(None, "how many ?", budget="60%", max_new_tokens=2).plan.k == [1 if variant == "L" else 4]
+        size = sum(f.stat().st_size for f in (tmp_path / "shipped" / name).iterdir())
+        assert size < 6.6e6, "three such folders make under 20 MB"
+
+
+def test_unknown_recipes(tmp_path):
+    with pytest.raises(UnknownNameError, match="Did you mean 'mini-L'"):
+        recipe.run("mini-l", tmp_path)
