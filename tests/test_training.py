@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import processor, tiny_vlm
 from transformers import TrainerCallback
 
 from adallava import AdaptiveVLM
@@ -15,6 +14,7 @@ from adallava.errors import UnknownNameError
 from adallava.mini import recipe
 from adallava.mini.dataset import ConversationDataset, SceneData
 from adallava.training.fit import Interrupted, TrainConfig, fit
+from tiny import processor, tiny_vlm
 
 CONFIG = TrainConfig(steps=6, batch_size=2, save_every=2, log_every=1, in_order=True)
 

@@ -6,8 +6,9 @@ It holds an ordinary transformers model (``model``), made adaptive in place, its
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from adallava.budget import Budget, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
 from adallava.errors import BudgetError, ConfigError, PromptError
-from adallava.hosts.answer import Answer, Stopwatch
+from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of, part
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
@@ -234,12 +235,8 @@ class AdaptiveVLM(nn.Module):
                 inputs["past_key_values"] = AdaptiveCache(state)
         prepared = time.perf_counter() - started
         watch.started = watch._now()
-        was_training = self.training
-        self.eval()
-        try:
+        with _evaluating(self):
             out = self.model.generate(**inputs, **options)
-        finally:
-            self.train(was_training)
         sequences = out if isinstance(out, Tensor) else out.sequences
         texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
         return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens)
@@ -286,7 +283,7 @@ class AdaptiveVLM(nn.Module):
         texts: list[list[str]],
         resolved: Sequence[ResolvedBudget | None],
         state: RequestState | None,
-        timing: Any,
+        timing: Timing,
         prompt_tokens: list[int],
     ) -> list[Answer]:
         spec, answers = self.spec, []
@@ -304,6 +301,19 @@ class AdaptiveVLM(nn.Module):
     def vision_tower(self) -> nn.Module:
         """The host's vision tower."""
         return part(self.model, architecture_of(self.model).vision_tower)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; a module that is in it already, perhaps shared by threads, is left alone."""
+    if not module.training:
+        yield
+        return
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train()
 
 
 __all__ = ["AdaptiveVLM", "Answer", "Prompt", "Request"]

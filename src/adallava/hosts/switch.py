@@ -23,11 +23,11 @@ from adallava.hosts.inputs import insert_latency_slot
 from adallava.hosts.state import RequestState
 
 
-def attach(model: nn.Module, config: AdaptiveConfig) -> None:
+def attach(model: Any, config: AdaptiveConfig) -> None:
     """Make ``model`` adaptive in place; ``ConfigError`` if ``config`` is not of this model."""
     layers = decoder_layers(model)
     expected = AdaptiveConfig.from_model_config(
-        model.config.get_text_config(),  # type: ignore[operator, union-attr]
+        model.config.get_text_config(),
         variant=config.variant,
         prefix_layers=config.prefix_layers,
     )
@@ -49,7 +49,7 @@ def detach(model: nn.Module) -> None:
     if not is_attached(model):
         raise CheckpointError("the model is not adaptive, so there is nothing to detach.")
     for module in (*decoder_layers(model), model):
-        module.__class__ = type(module).host_class  # type: ignore[attr-defined]
+        module.__class__ = type(module).host_class
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -57,9 +57,18 @@ def is_attached(model: nn.Module) -> bool:
     return isinstance(model, AdaptiveTop)
 
 
-@functools.cache
+_CLASSES: dict[Any, Any] = {}
+
+
 def _adaptive_class(host: Any, mixin: Any) -> Any:
-    """A subclass of ``host`` with the behaviour of ``mixin`` and the host's name and forward signature."""
+    """The subclass of ``host`` with the behaviour of ``mixin``, made once, so that equal hosts have equal classes."""
+    if (host, mixin) not in _CLASSES:
+        _CLASSES[host, mixin] = _make_class(host, mixin)
+    return _CLASSES[host, mixin]
+
+
+def _make_class(host: Any, mixin: Any) -> Any:
+    """A class with the host's name and forward signature, plus ``ada_state``."""
     forward: Any = functools.wraps(host.forward)(mixin.__dict__["adaptive_forward"])
     signature = inspect.signature(host.forward)
     parameters = list(signature.parameters.values())
