@@ -135,6 +135,8 @@ def test_bad_plans(vlm):
     plan = ExecutionPlan.full(vlm.adaptive_config, 2)
     with pytest.raises(PromptError, match="2 rows for 1 requests"):
         vlm.generate(PICTURE, "what ?", plan=plan)
+    with pytest.raises(PlanError, match="runs 3 switches, its budget allows 1"):
+        vlm.generate(PICTURE, "what ?", budget="70%", plan=ExecutionPlan.full(vlm.adaptive_config))
     with pytest.raises(PlanError, match="the plan is for"):
         vlm.generate(PICTURE, "what ?", plan=ExecutionPlan.full(tiny_vlm(layers=4).adaptive_config))
 

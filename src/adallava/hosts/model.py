@@ -19,7 +19,7 @@ from transformers import StoppingCriteriaList
 from adallava.budget import Budget, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
-from adallava.errors import BudgetError, ConfigError, PromptError
+from adallava.errors import BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of, part
 from adallava.hosts.cache import AdaptiveCache
@@ -271,6 +271,9 @@ class AdaptiveVLM(nn.Module):
         plan = kwargs.get("plan")
         if plan is not None and len(plan) != batch:
             raise PromptError(f"the plan has {len(plan)} rows for {batch} requests. Pass one row per request.")
+        for row, (wanted, allowed) in enumerate(zip(plan.k if plan is not None else [], k.tolist(), strict=False)):
+            if wanted > allowed:
+                raise PlanError(f"row {row} of the plan runs {wanted} switches, its budget allows {allowed}. Raise it.")
         return self.request_state(k, latency_index=torch.full((batch,), tokens), **kwargs)
 
     def _decode(self, new_tokens: Tensor, requests: int) -> list[list[str]]:

@@ -26,6 +26,7 @@ RASTER = 3
 CELL = 18
 PITCH = 27
 SIZES = range(13, CELL + 1)
+MAX_ANGLE = 12
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 45, 45),
@@ -46,7 +47,10 @@ PLACES = (
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a scene: what it is (``kind``), its colour, its raster cell, and how it is drawn (pixels)."""
+    """One thing in a scene: what it is (``kind``), its colour, its raster cell, and how it is drawn.
+
+    ``x``, ``y`` and ``size`` are pixels; a digit is drawn from scan ``digit_sample`` turned by ``angle`` degrees.
+    """
 
     kind: str
     color: str
@@ -56,6 +60,7 @@ class SceneObject:
     y: int
     size: int
     digit_sample: int | None
+    angle: int = 0
 
     @property
     def is_digit(self) -> bool:
@@ -126,6 +131,7 @@ def sample_scene(split: Split, seed: int, index: int, max_objects: int = 6, twin
     for (row, column), color, kind in zip(cells, colors, kinds, strict=True):
         size = rng.choice(SIZES)
         slack = CELL - size
+        digit = rng.choice(_digit_images()[1][split][DIGITS.index(kind)]) if kind in DIGITS else None
         objects.append(
             SceneObject(
                 kind,
@@ -135,7 +141,9 @@ def sample_scene(split: Split, seed: int, index: int, max_objects: int = 6, twin
                 x=column * PITCH + rng.randint(0, slack),
                 y=row * PITCH + rng.randint(0, slack),
                 size=size,
-                digit_sample=rng.choice(_digit_images()[1][split][DIGITS.index(kind)]) if kind in DIGITS else None,
+                digit_sample=digit,
+                # There are 144 scans of a digit to learn from; turning them keeps the tower from knowing them by heart.
+                angle=0 if digit is None else rng.randint(-MAX_ANGLE, MAX_ANGLE),
             )
         )
     return Scene(tuple(objects), rng.getrandbits(32))
@@ -152,11 +160,11 @@ def _draw_kind(rng: random.Random) -> str:
 
 
 @functools.lru_cache(maxsize=20_000)
-def _mask(kind: str, size: int, digit_sample: int | None) -> NDArray[np.float32]:
+def _mask(kind: str, size: int, digit_sample: int | None, angle: int) -> NDArray[np.float32]:
     """Coverage in [0, 1] of a kind drawn at ``size`` x ``size`` pixels, last axis 1."""
     if digit_sample is not None:
         scan = Image.fromarray((_digit_images()[0][digit_sample] * 255).astype(np.uint8))
-        picture = scan.resize((size, size), Image.Resampling.BICUBIC)
+        picture = scan.resize((size, size), Image.Resampling.BICUBIC).rotate(angle, Image.Resampling.BILINEAR)
     else:
         big = 8 * size
         picture = Image.new("L", (big, big))
@@ -192,7 +200,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
         0, 6, (IMAGE_SIZE, IMAGE_SIZE, 3)
     ).astype(np.float32)
     for o in scene.objects:
-        mask = _mask(o.kind, o.size, o.digit_sample)
+        mask = _mask(o.kind, o.size, o.digit_sample, o.angle)
         ink = np.asarray(COLORS[o.color], np.float32) + rng.uniform(-18, 18, 3).astype(np.float32)
         region = picture[o.y : o.y + o.size, o.x : o.x + o.size]
         region += mask * (ink - region)
