@@ -30,23 +30,24 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def train(variant, output, callbacks=(), mode="learned"):
+def train(variant, output, callbacks=(), mode="learned", config=CONFIG):
     vlm = tiny_vlm(variant=variant).train()
     vlm.mode = mode
     dataset = ConversationDataset(processor().tokenizer, SceneData(CONFIG.steps * CONFIG.batch_size), 2)
-    history = fit(vlm, dataset, Collator(processor().tokenizer.pad_token_id), CONFIG, output, list(callbacks))
+    history = fit(vlm, dataset, Collator(processor().tokenizer.pad_token_id), config, output, list(callbacks))
     return [h["loss"] for h in history if "loss" in h], vlm
 
 
-@pytest.mark.parametrize("variant", ["L", "H"])
-def test_an_interrupted_run_continues_with_the_same_losses(variant, tmp_path):
-    losses, whole = train(variant, tmp_path / "whole")
+@pytest.mark.parametrize(("variant", "muon"), [("L", None), ("H", 3e-3)])
+def test_an_interrupted_run_continues_with_the_same_losses(variant, muon, tmp_path):
+    config = replace(CONFIG, muon_learning_rate=muon)
+    losses, whole = train(variant, tmp_path / "whole", config=config)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="start again to go on"):
-        train(variant, tmp_path / "cut", [Kill(3)])
+        train(variant, tmp_path / "cut", [Kill(3)], config=config)
     assert signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "cut" / "checkpoints" / "checkpoint-4").is_dir()
-    continued, resumed = train(variant, tmp_path / "cut")
+    continued, resumed = train(variant, tmp_path / "cut", config=config)
     assert len(losses) == 6 and continued == pytest.approx(losses, abs=1e-6)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)

@@ -38,11 +38,15 @@ PREFIX_LAYERS = LAYERS // 2
 # batch is eight layouts with one scene for each of the fifteen kinds.
 TWINS = len(KINDS)
 TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05, in_order=True)
-CAPTIONS = TrainConfig(steps=300, batch_size=32, learning_rate=1.5e-3, warmup_frac=0.1, in_order=True)
-QUESTIONS = TrainConfig(steps=1700, batch_size=32, learning_rate=1.5e-3, in_order=True)
+CAPTIONS = TrainConfig(
+    steps=800, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
+)
+QUESTIONS = TrainConfig(steps=3000, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
 QUESTIONS_PER_SCENE = 10
 # In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
-ADAPTIVE = TrainConfig(steps=1200, batch_size=32, learning_rate=8e-4, warmup_frac=0.05, in_order=True)
+ADAPTIVE = TrainConfig(
+    steps=1600, batch_size=32, learning_rate=8e-4, muon_learning_rate=2e-3, warmup_frac=0.05, in_order=True
+)
 ADAPTIVE_QUESTIONS = 3
 HEADS_PER_SWITCH = 2
 

@@ -23,6 +23,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from adallava.training.optimizer import MuonAdamW
+
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +34,11 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one stage; ``in_order`` takes samples as the data set gives them instead of shuffling it."""
+    """Settings of one stage.
+
+    ``in_order`` takes samples as the data set gives them instead of shuffling it. ``muon_learning_rate`` trains the
+    layers' matrices with Muon at that peak rate, and the rest with AdamW at ``learning_rate``.
+    """
 
     steps: int
     batch_size: int = 32
@@ -47,6 +53,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     bf16: bool = False
     in_order: bool = False
+    muon_learning_rate: float | None = None
 
     def to_arguments(self, output: Path) -> TrainingArguments:
         """The equivalent ``TrainingArguments``."""
@@ -104,6 +111,21 @@ class _StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
 
+class _MuonTrainer(Trainer):
+    """A Trainer whose optimizer is ``MuonAdamW``."""
+
+    muon_learning_rate: float
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Called by Trainer once, before training."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = MuonAdamW(
+                self.model, self.muon_learning_rate, args.learning_rate, args.adam_beta2, args.weight_decay
+            )
+        return self.optimizer
+
+
 def fit(
     model: torch.nn.Module,
     dataset: Any,
@@ -111,7 +133,6 @@ def fit(
     config: TrainConfig,
     output: Path,
     callbacks: list[TrainerCallback] | None = None,
-    trainer_class: type[Trainer] = Trainer,
 ) -> list[dict[str, Any]]:
     """Train for ``config.steps`` steps, continuing from the last checkpoint in ``output`` if there is one.
 
@@ -119,13 +140,15 @@ def fit(
     """
     output.mkdir(parents=True, exist_ok=True)
     stop = _StopOnInterrupt()
-    trainer = trainer_class(
+    trainer = (Trainer if config.muon_learning_rate is None else _MuonTrainer)(
         model=model,
         args=config.to_arguments(output),
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[stop, *(callbacks or [])],
     )
+    if isinstance(trainer, _MuonTrainer):
+        trainer.muon_learning_rate = config.muon_learning_rate
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:

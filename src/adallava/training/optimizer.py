@@ -1,0 +1,50 @@
+"""Muon for the matrices inside the layers, AdamW for everything else, as one optimizer for the Trainer.
+
+Muon orthogonalises the update of a weight matrix. On the mini model it needs about two thirds of AdamW's steps for the
+same loss (docs/LOG.md). Embeddings, norms, biases and heads are no such matrices and stay with AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW side by side; a learning-rate schedule drives both.
+
+    lr: peak learning rate of the matrices; adam_lr: of the rest. Muon's steps are scaled to the size of AdamW's.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, adam_lr: float, beta2: float, weight_decay: float = 0.0) -> None:
+        matrices, rest = [], []
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                (matrices if weight.dim() == 2 and ".layers." in name else rest).append(weight)
+        self.parts = (
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, beta2), weight_decay=weight_decay),
+        )
+        super().__init__([*matrices, *rest], {"lr": lr})
+        # The very dictionaries of the parts: what a schedule writes into them is what the parts read.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both."""
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
