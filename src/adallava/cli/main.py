@@ -1,0 +1,123 @@
+"""``adallava``: the commands and their options. What each does is in the module of its name.
+
+Nothing heavy is imported here, so that ``adallava --help`` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adallava import __version__
+from adallava.cli.group import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"adallava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def adallava(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run one vision-language model at any compute budget."""
+
+
+@app.command()
+def run(
+    image: Annotated[str, typer.Argument(help="Image file; 'none' to ask without an image.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    budget: Annotated[str, typer.Option(help="Share of the full model's compute: '60%', 0.6 or '3/5'.")] = "100%",
+    model: Annotated[str, typer.Option(help="mini-L, mini-H, mini-base, a checkpoint folder or a hub id.")] = "mini-L",
+    more_images: Annotated[
+        list[str] | None, typer.Option("--image", help="A further image; may be given several times.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Answer one question about an image within a budget."""
+    from adallava.cli.run import run as command
+
+    images = [] if image == "none" and not Path(image).exists() else [image]
+    command([*images, *(more_images or [])], question, budget, model, max_new_tokens, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the HTML report is written.")] = Path("adallava-report.html"),
+    seed: Annotated[int, typer.Option(help="Draws another test scene.")] = 0,
+    image: Annotated[Path | None, typer.Option(help="Ask about this image instead of a drawn scene.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="Ask this instead; may be given several times.")] = None,
+    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "100%,85%,60%,50%",
+    model: Annotated[
+        list[str] | None, typer.Option(help="Models to show instead of mini-base, mini-L and mini-H.")
+    ] = None,
+) -> None:
+    """Ask about a picture at several budgets: answers, plans, FLOPs and times, here and as an HTML report."""
+    from adallava.cli.demo import DemoOptions
+    from adallava.cli.demo import demo as command
+
+    models = tuple(model or ("mini-base", "mini-L", "mini-H"))
+    command(DemoOptions(out, seed, image, tuple(question or ()), budgets, models))
+
+
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(help="Shipped names, checkpoint folders or hub ids.")],
+    budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "100%,85%,60%",
+    seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 0,
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 1000,
+    mode: Annotated[
+        str, typer.Option(help="Who decides the plans: learned, random, static; several with commas.")
+    ] = "learned",
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL file that keeps each finished task; the same sweep goes on from it.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure accuracy at several budgets on the mini benchmark."""
+    from adallava.budget import parse_budgets
+    from adallava.cli.sweep import sweep as command
+    from adallava.evaluation.sweep import SweepSettings
+
+    modes = tuple(part.strip() for part in mode.split(","))
+    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out)  # type: ignore[arg-type]
+    command(models, settings, as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="mini makes all shipped models; an unknown name lists the others.")],
+    out: Annotated[Path, typer.Option(help="Folder for the models and their checkpoints.")],
+    scale: Annotated[float, typer.Option(help="Share of the recipe's steps, for a quick look.")] = 1.0,
+) -> None:
+    """Train models by a recipe. Ctrl-C stops at a checkpoint, and the same command goes on from there."""
+    from adallava.cli.train import train as command
+
+    command(recipe, out, scale)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check the installation: packages, device, shipped models. Exits with status 1 if something fails."""
+    from adallava.cli.doctor import doctor as command
+
+    command(as_json)

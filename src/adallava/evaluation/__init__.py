@@ -1,0 +1,1 @@
+"""How well a model answers: benchmarks and sweeps over budgets."""

@@ -1,0 +1,249 @@
+"""Accuracy over budgets: models x budgets x scheduling modes on the mini benchmark, as result rows.
+
+Each model is loaded once. With an output file every finished task is kept at once, and a sweep that was stopped goes
+on where it was: a row is skipped if the file has it, provided that seed, limit and the model's weights are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adallava.budget import Budget
+from adallava.config import AdaptiveConfig
+from adallava.errors import BudgetError, ConfigError, did_you_mean
+from adallava.evaluation.minibench import TaskRun, TaskSettings, run_task
+from adallava.evaluation.plans import PlanCounts
+from adallava.evaluation.store import Key, RowStore
+from adallava.hosts.load import CONFIG_FILE, SHIPPED, shipped_folder
+from adallava.hosts.model import AdaptiveVLM
+from adallava.mini.questions import FAMILIES
+from adallava.mini.scoring import mean_and_interval
+from adallava.results import ResultRow, provenance
+from adallava.scheduling.scheduler import MODES, Mode
+
+MEAN = "mean"
+NO_MODE = "none"
+"""What stands in the mode of a base model's rows: it has no plan to decide."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What to run; raises ``ConfigError`` for values that cannot be."""
+
+    budgets: tuple[Budget, ...]
+    """Budgets, each run on every adaptive model; a base model runs at 100 % only."""
+    seed: int = 0
+    """Which test scenes are drawn."""
+    limit: int = 1000
+    """Questions per family."""
+    modes: tuple[Mode, ...] = ("learned",)
+    """Who decides the plans: "learned", or the baselines "random" and "static"."""
+    batch_size: int = 64
+    """Questions that are answered together."""
+    out: Path | None = None
+    """JSONL file that keeps every finished task, and from which a stopped sweep goes on."""
+
+    def __post_init__(self) -> None:
+        """Check the values and drop repeated budgets and modes."""
+        for name, least in (("seed", 0), ("limit", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number of {least} or more.")
+        for mode in self.modes:
+            if mode not in MODES:
+                raise ConfigError(f"mode {mode!r} is not known.{did_you_mean(mode, MODES)} Known: {', '.join(MODES)}.")
+        for name in ("budgets", "modes"):
+            if not getattr(self, name):
+                raise ConfigError(f"no {name} are given. Give at least one.")
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+
+
+class Listener:
+    """What a sweep tells while it runs; the methods here do nothing, so override the ones of interest."""
+
+    def on_total(self, questions: int) -> None:
+        """Say how many questions there are in all, those done before included; may change as models are loaded."""
+
+    def on_model(self, model: str) -> None:
+        """Say that a model is being loaded."""
+
+    def on_questions(self, count: int) -> None:
+        """Say that so many questions are answered."""
+
+    def on_row(self, row: ResultRow) -> None:
+        """Give a finished row, also one that an earlier run had finished."""
+
+    def on_note(self, text: str) -> None:
+        """Give a remark for the user."""
+
+
+def sweep(models: Sequence[str], settings: SweepSettings, listener: Listener | None = None) -> list[ResultRow]:
+    """Run models (names, folders or hub ids) and return their rows: six tasks and "mean" per model, budget and mode.
+
+    Everything that can be checked is checked before the first model runs. Raises ``CheckpointError`` for unknown
+    models, ``BudgetError`` for a budget below a model's minimum, ``ResultExistsError`` where the output file holds
+    rows of other settings.
+    """
+    listener = listener or Listener()
+    names = labels(models)
+    settings_of = [_preflight(source, settings) for source in names.values()]
+    store = RowStore(settings.out)
+    counts = [len(list(_runs(config, settings))) for config in settings_of]
+    each = len(FAMILIES) * settings.limit
+    rows: list[ResultRow] = []
+    for number, (label, source) in enumerate(names.items()):
+        listener.on_total(each * sum(counts))
+        listener.on_model(label)
+        vlm = AdaptiveVLM.from_pretrained(source)
+        counts[number] = len(list(_runs(vlm.adaptive_config, settings)))
+        listener.on_total(each * sum(counts))
+        rows += _sweep_model(label, vlm, settings, store, listener)
+    return rows
+
+
+def labels(models: Sequence[str]) -> dict[str, str]:
+    """Give each model a name for the rows: a folder's last part where that is unique, else the text as it is."""
+    unique = list(dict.fromkeys(models))
+    short = {model: Path(model).resolve().name if Path(model).is_dir() else model for model in unique}
+    taken = list(short.values())
+    return {name if taken.count(name) == 1 else model: model for model, name in short.items()}
+
+
+def flat(row: ResultRow) -> dict[str, Any]:
+    """Return a row as one flat object for JSON, its numbers beside what they were made with."""
+    metrics = {name: value for name, value in row.metrics.items() if name != "plan_counts"}
+    return {**row.config, "task": row.name, **metrics, "provenance": row.provenance}
+
+
+# -- before the start -------------------------------------------------------------------------------------------------
+
+
+def _preflight(source: str, settings: SweepSettings) -> AdaptiveConfig | None:
+    """Find a misspelt model or a budget too small before hours of work, without loading weights."""
+    folder = Path(source) if Path(source).is_dir() else shipped_folder(source) if source in SHIPPED else None
+    if folder is None or not folder.is_dir():
+        if not _looks_like_hub_id(source):
+            AdaptiveVLM.from_pretrained(source)  # raises, and says best what is wrong
+        return None
+    if not (folder / CONFIG_FILE).is_file():
+        return None
+    config = AdaptiveConfig.from_json_file(folder / CONFIG_FILE)
+    _check_budgets(source, config, settings)
+    return config
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def _check_budgets(name: str, config: AdaptiveConfig, settings: SweepSettings) -> None:
+    for budget in settings.budgets:
+        try:
+            budget.resolve(config)
+        except BudgetError as error:
+            raise BudgetError(f"{name}: {error}") from error
+
+
+def _runs(config: AdaptiveConfig | None, settings: SweepSettings) -> Iterator[tuple[Budget, Mode | None]]:
+    if config is None:
+        yield Budget.parse(1), None
+        return
+    yield from ((budget, mode) for mode in settings.modes for budget in settings.budgets)
+
+
+# -- one model --------------------------------------------------------------------------------------------------------
+
+
+def _sweep_model(
+    label: str, vlm: AdaptiveVLM, settings: SweepSettings, store: RowStore, listener: Listener
+) -> Iterator[ResultRow]:
+    config = vlm.adaptive_config
+    if config is not None:
+        _check_budgets(label, config, settings)
+    elif skipped := [str(b) for b in settings.budgets if b.fraction != 1]:
+        listener.on_note(f"{label} is a base model: it runs at 100% only, so {', '.join(skipped)} is skipped.")
+    weights = weights_digest(vlm)
+    for budget, mode in _runs(config, settings):
+        common = {"model": label, "budget": str(budget), "mode": mode or NO_MODE}
+        made_with = {"seed": settings.seed, "limit": settings.limit, "weights": weights}
+        rows = []
+        for task in FAMILIES:
+            row = store.find(Key(**common, task=task), made_with)
+            if row is None:
+                asked = TaskSettings(task, budget, mode, settings.seed, settings.limit, settings.batch_size)
+                run = run_task(vlm, asked, listener.on_questions)
+                row = ResultRow(task, _metrics(run), {**common, **made_with}, _provenance(vlm, settings))
+                store.add(row)
+            else:
+                listener.on_questions(settings.limit)
+            rows.append(row)
+            listener.on_row(row)
+            yield row
+        mean = store.find(Key(**common, task=MEAN), made_with)
+        if mean is None:
+            mean = mean_row(rows)
+            store.add(mean)
+        listener.on_row(mean)
+        yield mean
+
+
+def weights_digest(vlm: AdaptiveVLM) -> str:
+    """Return a short digest of a model's weights (the first 256 values of each), to tell a retrained model apart."""
+    digest = hashlib.sha256()
+    for name, weight in vlm.named_parameters():
+        values = weight.detach().flatten()[:256].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def mean_row(rows: Sequence[ResultRow]) -> ResultRow:
+    """Make the row "mean" from one row per task: every task counts alike, and the tasks' errors are independent."""
+    metrics = [row.metrics for row in rows]
+    fracs = [m["flops_frac"] for m in metrics if m["flops_frac"] is not None]
+    counts = [PlanCounts.from_dict(m["plan_counts"]) for m in metrics if m["plan_counts"]]
+    plans = sum(counts[1:], counts[0]) if counts else None
+    merged = {
+        **_accuracy(
+            sum(m["accuracy"] for m in metrics) / len(metrics),
+            math.sqrt(sum(m["interval"] ** 2 for m in metrics)) / len(metrics),
+        ),
+        "n": sum(m["n"] for m in metrics),
+        "failed": sum(m["failed"] for m in metrics),
+        "failures": [text for m in metrics for text in m["failures"]][:5],
+        "flops_frac": sum(fracs) / len(fracs) if fracs else None,
+        "plans": plans.statistics() if plans else None,
+        "plan_counts": None,  # the tasks' rows have them
+    }
+    return ResultRow(MEAN, merged, rows[0].config, rows[-1].provenance)
+
+
+def _metrics(run: TaskRun) -> dict[str, Any]:
+    return {
+        **_accuracy(*mean_and_interval(run.scores)),
+        "n": len(run.scores),
+        "failed": len(run.failures),
+        "failures": run.failures[:5],
+        "flops_frac": sum(run.flops_fracs) / len(run.flops_fracs) if run.flops_fracs else None,
+        "plans": run.plans.statistics() if run.plans else None,
+        "plan_counts": run.plans.to_dict() if run.plans else None,
+    }
+
+
+def _accuracy(mean: float, interval: float) -> dict[str, float]:
+    return {
+        "accuracy": mean,
+        "interval": interval,
+        "low": max(0.0, mean - interval),
+        "high": min(1.0, mean + interval),
+    }
+
+
+def _provenance(vlm: AdaptiveVLM, settings: SweepSettings) -> dict[str, Any]:
+    return provenance(device=vlm.device, dtype=next(vlm.parameters()).dtype, seed=settings.seed)
