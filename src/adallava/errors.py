@@ -53,5 +53,7 @@ class ResultExistsError(AdaLlavaError, FileExistsError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" with the closest of ``known``, or "" when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+    names = list(known)
+    same = [k for k in names if k.lower() == name.lower()]
+    close = same or difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,9 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
     config = vlm.adaptive_config if adapter_only else replace(vlm.adaptive_config, base_model=None)
     config.to_json_file(folder / CONFIG_FILE)
     save_file({k: v.contiguous() for k, v in vlm.scheduler.state_dict().items()}, folder / WEIGHTS_FILE)
+    for path in folder.glob("*.safetensors"):
+        # safetensors makes files that only their owner can read; the config has the mode the user's umask asks for.
+        shutil.copymode(folder / CONFIG_FILE, path)
 
 
 def _source(name: str | Path) -> str:
@@ -95,7 +99,9 @@ def _source(name: str | Path) -> str:
     if text in SHIPPED:
         folder = shipped_folder(text)
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{text} is not in this installation. Make it with: adallava train mini")
+            raise CheckpointError(
+                f"{text} is not in this installation. Make it with: adallava train mini --out runs/mini"
+            )
         return str(folder)
     looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1
     if looks_local:

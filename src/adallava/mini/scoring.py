@@ -32,4 +32,5 @@ def mean_and_interval(scores: Sequence[float], z: float = 1.96) -> tuple[float, 
         raise ValueError("no scores: evaluate at least one question")
     mean = sum(scores) / n
     variance = sum((s - mean) ** 2 for s in scores) / max(n - 1, 1)
-    return mean, z * math.sqrt(max(variance, (1 / n) * (1 - 1 / n)) / n)
+    rare = 1 / (n + 1)
+    return mean, z * math.sqrt(max(variance, rare * (1 - rare)) / n)

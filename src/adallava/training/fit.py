@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -114,11 +115,12 @@ class _StopOnInterrupt(TrainerCallback):
 class _MuonTrainer(Trainer):
     """A Trainer whose optimizer is ``MuonAdamW``."""
 
-    muon_learning_rate: float
+    muon_learning_rate: float | None
+    optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Called by Trainer once, before training."""
-        if self.optimizer is None:
+        if self.optimizer is None and self.muon_learning_rate is not None:
             args = self.args
             self.optimizer = MuonAdamW(
                 self.model, self.muon_learning_rate, args.learning_rate, args.adam_beta2, args.weight_decay
@@ -147,6 +149,7 @@ def fit(
         data_collator=collator,
         callbacks=[stop, *(callbacks or [])],
     )
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to stdout; callers bring their own progress
     if isinstance(trainer, _MuonTrainer):
         trainer.muon_learning_rate = config.muon_learning_rate
     checkpoints = output / "checkpoints"

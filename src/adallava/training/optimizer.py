@@ -20,7 +20,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, model: nn.Module, lr: float, adam_lr: float, beta2: float, weight_decay: float = 0.0) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, weight in model.named_parameters():
             if weight.requires_grad:
                 (matrices if weight.dim() == 2 and ".layers." in name else rest).append(weight)
@@ -32,7 +33,7 @@ class MuonAdamW(torch.optim.Optimizer):
         # The very dictionaries of the parts: what a schedule writes into them is what the parts read.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both."""
         loss = None if closure is None else closure()
         for part in self.parts:
