@@ -14,7 +14,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -112,6 +114,26 @@ class _StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
 
+class _Plain(nn.Module):
+    """Hides that a model is transformers' own, so that Trainer saves and loads its state dict as it is.
+
+    For a transformers model Trainer writes checkpoints under the names of the published format, which differ from the
+    module's for LLaVA; resuming then finds no key, warns, and goes on with random weights.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward."""
+        return self.model(**inputs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """As on the model."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
 class _MuonTrainer(Trainer):
     """A Trainer whose optimizer is ``MuonAdamW``."""
 
@@ -129,7 +151,7 @@ class _MuonTrainer(Trainer):
 
 
 def fit(
-    model: torch.nn.Module,
+    model: nn.Module,
     dataset: Any,
     collator: Any,
     config: TrainConfig,
@@ -143,7 +165,7 @@ def fit(
     output.mkdir(parents=True, exist_ok=True)
     stop = _StopOnInterrupt()
     trainer = (Trainer if config.muon_learning_rate is None else _MuonTrainer)(
-        model=model,
+        model=_Plain(model) if isinstance(model, PreTrainedModel) else model,
         args=config.to_arguments(output),
         train_dataset=dataset,
         data_collator=collator,
