@@ -24,11 +24,11 @@ def test_they_answer_far_better_than_guessing(name, variant):
     vlm = AdaptiveVLM.from_pretrained(name)
     assert vlm.status()["variant"] == variant
     budget = "100%" if variant is None else "60%"
-    items = [item for family in ("open", "presence", "choice") for item in benchmark(family, 99, 40)]
+    items = [item for family in ("open", "reading", "description") for item in benchmark(family, 99, 40)]
     requests = [Request(i.question.text, to_image(i.scene), budget=budget) for i in items]
-    answers = vlm.generate_batch(requests, max_new_tokens=3)
+    answers = vlm.generate_batch(requests, max_new_tokens=32)
     right = sum(score(i.question, a.text) for i, a in zip(items, answers, strict=True))
-    assert right / len(items) > 0.5, "guessing gives about a third"
+    assert right / len(items) > 0.3, "guessing gives about a tenth"
     if variant is not None:
         assert {k for a in answers for k in a.plan.k} == {vlm.generate(None, "which", budget=budget).budget.k}
 
