@@ -20,6 +20,7 @@ from adallava.mini.questions import FAMILIES
 from adallava.plots.units import share_text
 from adallava.results import ResultRow
 
+_FILE_WIDTH = 120
 _LAYERS = "layers on (· never, █ always)"
 
 
@@ -35,6 +36,8 @@ def sweep(models: Sequence[str], settings: SweepSettings, as_json: bool) -> None
         print(json.dumps([flat(row) for row in rows], indent=2, allow_nan=False))
     else:
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = _FILE_WIDTH  # a pipe or file has no width of its own, and 80 columns would break headers
         console.print(accuracy_table(rows), "", plan_table(rows), sep="\n")
 
 
