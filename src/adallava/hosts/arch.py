@@ -18,13 +18,11 @@ from adallava.errors import CheckpointError, did_you_mean
 
 @dataclass(frozen=True)
 class Architecture:
-    """Paths of a host's parts, relative to the top model, and what its decoder layers look like."""
+    """Where a host's decoder layers are, relative to the top model, and which decoders are built as expected."""
 
     model_type: str
     decoder_types: tuple[str, ...]
     layers: str = "model.language_model.layers"
-    vision_tower: str = "model.vision_tower"
-    projector: str = "model.multi_modal_projector"
 
 
 ARCHITECTURES = {a.model_type: a for a in (Architecture("llava", ("llama",)),)}

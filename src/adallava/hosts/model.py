@@ -21,7 +21,7 @@ from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
 from adallava.errors import BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
-from adallava.hosts.arch import architecture_of, part
+from adallava.hosts.arch import architecture_of
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
@@ -299,11 +299,6 @@ class AdaptiveVLM(nn.Module):
             cost = plan_cost(spec, loads, tokens + (plan is not None))
             answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some))
         return answers
-
-    @property
-    def vision_tower(self) -> nn.Module:
-        """The host's vision tower."""
-        return part(self.model, architecture_of(self.model).vision_tower)
 
 
 @contextlib.contextmanager

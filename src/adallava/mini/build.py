@@ -130,7 +130,7 @@ def llava_config(tokenizer: Any, layers: int = 12) -> LlavaConfig:
         num_key_value_heads=8,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        # transformers' 0.02 is for wide models; at this width it costs half the training (docs/LOG.md).
+        # transformers' 0.02 is for wide models; at this width training starts far too slowly (docs/LOG.md).
         initializer_range=0.06,
         **_token_ids(tokenizer),
     )

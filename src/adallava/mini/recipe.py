@@ -12,7 +12,6 @@ into a folder of its own, is skipped where its result is there already, and cont
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from adallava.mini.dataset import ConversationDataset, DescriptionDataset, Scene
 from adallava.mini.questions import FAMILIES, KINDS
 from adallava.scheduling.scheduler import Mode
 from adallava.training.fit import TrainConfig, fit
-
-log = logging.getLogger(__name__)
 
 LAYERS = 12
 PREFIX_LAYERS = LAYERS // 2

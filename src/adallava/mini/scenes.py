@@ -22,7 +22,7 @@ Split = Literal["train", "test"]
 IMAGE_SIZE = 72
 RASTER = 3
 # A cell is two by two patches of the mini tower with one patch between cells. Things that lay anywhere, over two to
-# nine patches, took a tower of this size far too long to tell apart (tried: 27 % of kinds after 1,000 steps).
+# nine patches, took a tower of this size far too long to tell apart (tried, see docs/LOG.md).
 CELL = 18
 PITCH = 27
 SIZES = range(13, CELL + 1)

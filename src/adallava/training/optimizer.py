@@ -1,7 +1,7 @@
 """Muon for the matrices inside the layers, AdamW for everything else, as one optimizer for the Trainer.
 
-Muon orthogonalises the update of a weight matrix. On the mini model it needs about two thirds of AdamW's steps for the
-same loss (docs/LOG.md). Embeddings, norms, biases and heads are no such matrices and stay with AdamW.
+Muon orthogonalises the update of a weight matrix. On the mini model it needs fewer steps than AdamW
+for the same loss (docs/LOG.md). Embeddings, norms, biases and heads are no such matrices and stay with AdamW.
 """
 
 from __future__ import annotations
