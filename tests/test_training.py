@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import DynamicCache, TrainerCallback
 
 from adallava import AdaptiveVLM
 from adallava.data.collate import Collator
@@ -51,6 +51,15 @@ def test_an_interrupted_run_continues_with_the_same_losses(variant, muon, tmp_pa
     assert len(losses) == 6 and continued == pytest.approx(losses, abs=1e-6)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["base", "L"])
+def test_training_fills_no_cache(variant, tmp_path, monkeypatch):
+    filled = []
+    monkeypatch.setattr(DynamicCache, "update", lambda *args, **kwargs: filled.append(args))
+    _, vlm = train(variant, tmp_path, config=replace(CONFIG, steps=2))
+    assert filled == []
+    assert vlm.config.get_text_config().use_cache, "as before the training"
 
 
 def test_training_under_random_plans_leaves_the_scheduler_alone(tmp_path):

@@ -6,8 +6,10 @@ A stage writes checkpoints into ``<output>/checkpoints`` and, when it has ended,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -150,6 +152,21 @@ class _MuonTrainer(Trainer):
         return self.optimizer
 
 
+@contextlib.contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Keep the host from filling a KV cache that nobody reads, for a while; a tower's config knows no cache."""
+    config: Any = model.config.get_text_config() if hasattr(model, "config") else None
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
 def fit(
     model: nn.Module,
     dataset: Any,
@@ -178,7 +195,8 @@ def fit(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
         log.info("continuing from %s", last)
-    trainer.train(resume_from_checkpoint=last)
+    with _without_cache(model):
+        trainer.train(resume_from_checkpoint=last)
     if stop.asked:
         raise Interrupted(f"stopped; the state is in {checkpoints}: start again to go on")
     return list(trainer.state.log_history)
