@@ -58,7 +58,10 @@ def test_l_ignores_heads_per_switch():
         (dict(tau=float("nan")), "tau is nan"),
         (dict(tau="5"), "tau is '5'"),
         (dict(latency_dim=255), "latency_dim is 255, expected an even number"),
-        (dict(token_selection="prumerge"), "token_selection is 'prumerge'.*later versions"),
+        (
+            dict(token_selection="prumerge++"),
+            "token_selection is 'prumerge\\+\\+', expected one of.*Did you mean 'prumerge\\+'",
+        ),
         (dict(base_model=3), "base_model is 3"),
         (dict(format_version=2), "format_version is 2, but this adallava reads format_version 1"),
     ],

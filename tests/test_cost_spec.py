@@ -31,6 +31,7 @@ from adallava.cost import (
 )
 from adallava.errors import ConfigError, PlanError, UnknownNameError
 from adallava.plan import ExecutionPlan
+from tiny import HOSTS, tiny_base, tiny_config
 
 TEXT = {
     "model_type": "llama",
@@ -90,6 +91,24 @@ def test_from_config_reads_real_transformers_configs():
     assert ModelSpec.from_config(transformers.LlavaConfig().to_dict()) == llava
     phi = ModelSpec.from_config(transformers.PhiConfig())
     assert not phi.gated_mlp and phi.num_kv_heads == phi.num_heads == 32
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_from_config_reads_every_host(host):
+    spec = ModelSpec.from_config(tiny_config(host))
+    sizes = (spec.hidden_size, spec.intermediate_size, spec.num_layers, spec.num_heads, spec.num_kv_heads)
+    assert sizes == (32, 50, 6, 4, HOSTS[host].kv_heads)
+    assert spec.gated_mlp == (HOSTS[host].decoder != "phi")
+
+
+@pytest.mark.parametrize("host", ["llava", "llava-phi", "mipha", "paligemma2", "qwen3-vl"])
+def test_weight_bytes_of_a_plan_are_those_of_the_decoder(host):
+    """The cost model's matrices are the model's own: for example two in Phi's MLP, three in the others'."""
+    model = tiny_base(host)
+    matrices = [w for n, w in model.named_parameters() if "language_model.layers" in n and w.dim() == 2]
+    held = 2 * (sum(w.numel() for w in matrices) + model.lm_head.weight.numel())
+    spec = ModelSpec.from_config(model.config)
+    assert sum(op.weight_bytes * count for op, count in prefill(spec, full_loads(spec), 10).ops) == held
 
 
 def test_missing_sizes_are_named():

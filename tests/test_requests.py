@@ -9,9 +9,10 @@ from PIL import Image
 from adallava.errors import BudgetError, ImageError, PlanError, PromptError
 from adallava.hosts import images
 from adallava.hosts.images import load_image
+from adallava.hosts.prompts import Request, encode, to_prompt
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.plan import ExecutionPlan
-from tiny import tiny_vlm
+from tiny import processor, tiny_vlm
 
 PICTURE = to_image(sample_scene("test", 0, 0))
 
@@ -152,3 +153,28 @@ def test_a_failed_request_leaves_the_model_usable(vlm):
     with pytest.raises(ImageError):
         vlm.generate(b"", "how many ?")
     assert vlm.generate(PICTURE, "how many ?", budget="70%", max_new_tokens=3).text == before.text
+
+
+def test_paligemma_needs_an_image():
+    with pytest.raises(PromptError, match="request 1 has no image, and PaliGemma answers about images only"):
+        encode(processor("paligemma"), [to_prompt(Request("what ?", PICTURE)), to_prompt(Request("what ?"))])
+
+
+@pytest.mark.parametrize(("host", "mark"), [("qwen2-vl", "<video>"), ("gemma3", "<boi>"), ("gemma3", "<image>")])
+def test_marks_of_other_hosts(host, mark):
+    with pytest.raises(PromptError, match=f"contains '{mark}', which marks an image"):
+        encode(processor(host), [to_prompt(Request(f"what is {mark} ?"))])
+
+
+def test_what_the_processor_refuses(vlm, monkeypatch):
+    monkeypatch.setattr(vlm.processor, "chat_template", "no place for images")
+    with pytest.raises(PromptError, match="LlavaProcessor cannot make model inputs of the prompts: .*number of images"):
+        vlm.generate(PICTURE, "what ?")
+
+
+def test_images_stay_with_their_prompts():
+    prompts = [to_prompt(Request("what ?", images)) for images in (PICTURE, [PICTURE, PICTURE], None)]
+    inputs = encode(processor("onevision"), prompts)
+    assert inputs["batch_num_images"].tolist() == [1, 2]
+    tokens = (inputs["input_ids"] == 4).sum(-1).tolist()
+    assert tokens == [16 + 64 + 8, 2 * 17, 0], "one image is cut into tiles, several are not"

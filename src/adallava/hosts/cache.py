@@ -28,9 +28,14 @@ class AdaptiveCache(DynamicCache):
         self.state = state
         self._bundles: dict[tuple[int, int], DynamicLayer] = {}
 
-    def update_bundle(self, keys: Tensor, values: Tensor, layer: int, bundle: int) -> tuple[Tensor, Tensor]:
-        """Append [R, heads, T, head_dim] to one bundle of a partly-on layer; return all of its keys and values."""
-        return self._bundles.setdefault((layer, bundle), DynamicLayer()).update(keys, values)
+    def bundle(self, layer: int, bundle: int) -> DynamicLayer:
+        """The cache of one bundle of a partly-on layer: keys and values [R, heads, T, head_dim] of its heads only."""
+        return self._bundles.setdefault((layer, bundle), DynamicLayer())
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a prompt was prefilled. Layer 0 tells, because it always runs and other layers may hold nothing."""
+        return bool(self.layers) and self.layers[0].is_initialized
 
     @property
     def nbytes(self) -> int:

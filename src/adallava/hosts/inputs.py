@@ -1,14 +1,17 @@
-"""Model inputs: the slot of the latency token."""
+"""Model inputs: the slot of the latency token, and positions that a host would otherwise keep for itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adallava.data.conversation import IGNORE_INDEX
 from adallava.errors import PromptError
+
+if TYPE_CHECKING:
+    from adallava.hosts.state import RequestState
 
 _PER_TOKEN = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0}
 
@@ -37,6 +40,37 @@ def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str,
         if isinstance(inputs.get(name), Tensor):
             new[name] = _insert(inputs[name], index, value)
     return new, index
+
+
+def slot_id(config: Any, pad_token_id: int | None) -> int:
+    """A token id for the latency token's place: padding where there is one, never an image or video placeholder."""
+    placeholders = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
+    if pad_token_id is not None and pad_token_id not in placeholders:
+        return pad_token_id
+    return next(i for i in range(len(placeholders) + 1) if i not in placeholders)
+
+
+def rope_positions(model: Any, inputs: dict[str, Any], state: RequestState) -> Tensor:
+    """Positions in time, height and width, int64 [3, B, T], of a Qwen-VL request whose caller gave none.
+
+    Tokens after an image continue at another position than their index; transformers keeps the difference
+    (``rope_deltas``) on the model, where the next request overwrites it. Here it belongs to the request's state.
+    """
+    ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    tokens = ids if ids is not None else inputs["inputs_embeds"]
+    batch, length = tokens.shape[:2]
+    past = cache.get_seq_length() if cache is not None else 0
+    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    vision = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    if past == 0 and ids is not None and "mm_token_type_ids" in vision and len(vision) > 1:
+        positions, _ = model.get_rope_index(ids, attention_mask=inputs.get("attention_mask"), **vision)
+        # Counted from the padded length, so that decoding needs no mask.
+        state.rope_deltas = positions.amax((0, 2))[:, None] + 1 - length  # [B, 1]
+        return positions
+    text = torch.arange(past, past + length, device=tokens.device).expand(batch, -1)
+    if state.rope_deltas is not None:
+        text = text + state.rope_deltas.to(tokens.device)
+    return text.expand(3, -1, -1)
 
 
 def latency_position(batch: int, tokens: int, mask: Tensor | None, labels: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """Save and load: an ordinary Hugging Face folder, plus ``adaptive_config.json`` and ``adaptive.safetensors``.
 
-An adapter-only folder holds just these two files and names its base model. Nothing is ever unpickled. Missing,
-foreign or misshapen keys are errors: a model with some random weights answers, and answers wrongly.
+An adapter-only folder holds just these two files and names its base model. Checkpoints in the released layouts are
+converted on the way (``convert_read``). Nothing is ever unpickled. Missing, foreign or misshapen keys are errors: a
+model with some random weights answers, and answers wrongly.
 """
 
 from __future__ import annotations
@@ -16,19 +17,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import cached_file
 
 from adallava.config import AdaptiveConfig
-from adallava.errors import CheckpointError, did_you_mean
-from adallava.hosts.arch import ARCHITECTURES
+from adallava.errors import CheckpointError, ConfigError, did_you_mean
+from adallava.hosts.convert import adaptive_config
+from adallava.hosts.convert_files import CONFIG_FILE, WEIGHTS_FILE, file_of, not_on_hub, read_json
+from adallava.hosts.convert_processor import has_tokenizer
+from adallava.hosts.convert_read import check_keys, load_foreign, read_foreign
+from adallava.hosts.formats import detect
 from adallava.scheduling.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from adallava.hosts.model import AdaptiveVLM
 
-CONFIG_FILE = "adaptive_config.json"
-WEIGHTS_FILE = "adaptive.safetensors"
 SHIPPED = ("mini-base", "mini-L", "mini-H")
 
 
@@ -42,32 +45,49 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    token_selection: str | None = None,
     **kwargs: Any,
 ) -> AdaptiveVLM:
     """Load a shipped model, a local folder or a hub id as an ``AdaptiveVLM`` in eval mode.
 
-    A folder without ``adaptive_config.json`` loads as a plain base model. dtype: float32 on the CPU and the
-    checkpoint's own elsewhere when None. device: "cuda" if there is one, else "cpu". kwargs go to transformers'
-    ``from_pretrained`` (for example ``attn_implementation``). Raises ``CheckpointError``.
+    A folder without ``adaptive_config.json`` loads as a plain base model; one in a released layout (AdaLLaVA,
+    LLaVA-1.5, Mipha) is converted in memory. A checkpoint without tokenizer loads with ``processor`` None. dtype:
+    float32 on the CPU and the checkpoint's own elsewhere when None. device: "cuda" if there is one, else "cpu".
+    token_selection: instead of the checkpoint's. kwargs go to transformers' ``from_pretrained`` (for example
+    ``attn_implementation``). Raises ``CheckpointError``, and ``ConfigError`` for a token selection that this version
+    does not have.
     """
     from adallava.hosts.model import AdaptiveVLM
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    source = _source(name)
-    config_path = _file(source, CONFIG_FILE)
-    config = AdaptiveConfig.from_json_file(config_path) if config_path else None
-    has_base = _file(source, "config.json") is not None
+    source = resolve(name)
+    config = adaptive_config(source)
+    has_base = file_of(source, "config.json") is not None
     if not has_base and config is None and not Path(source).is_dir():
-        raise _not_on_hub(source, "nothing there, or no network")
+        raise _unknown(source)
     if not has_base and (config is None or config.base_model is None):
         raise CheckpointError(
             f"{name} has no config.json and names no base model. Pass a checkpoint folder with config.json, or an "
             f"adapter folder whose {CONFIG_FILE} has base_model."
         )
-    base = source if has_base else _source(str(config and config.base_model))
-    model, processor = _load_base(base, dtype, kwargs)
-    scheduler = _load_scheduler(source, config) if config is not None else None
+    base = source if has_base else resolve(str(config and config.base_model))
+    raw = _base_config(base)
+    found = detect(raw, base)
+    foreign = None if found is None else read_foreign(base, raw, found)
+    learned = None if config is not None else foreign
+    if learned is not None:
+        config = learned.adaptive
+    config = _with_selection(config, token_selection)
+    if foreign is None:
+        model, processor = _load_base(base, dtype, kwargs)
+        weights: dict[str, Tensor] = {}
+    else:
+        model, weights = load_foreign(foreign, _torch_dtype(dtype), kwargs)
+        processor = foreign.processor
+    scheduler = None
+    if config is not None:
+        scheduler = _load_scheduler(source, config, weights if learned is not None else None)
     return AdaptiveVLM(model.to(device), processor, config, scheduler).eval()
 
 
@@ -80,7 +100,8 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not adapter_only:
         vlm.model.save_pretrained(folder)
-        vlm.processor.save_pretrained(folder)
+        if vlm.processor is not None:
+            vlm.processor.save_pretrained(folder)
     if vlm.adaptive_config is None or vlm.scheduler is None:
         return
     config = vlm.adaptive_config if adapter_only else replace(vlm.adaptive_config, base_model=None)
@@ -91,8 +112,8 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
         shutil.copymode(folder / CONFIG_FILE, path)
 
 
-def _source(name: str | Path) -> str:
-    """What transformers can load: the shipped folder, a local folder, or a hub id."""
+def resolve(name: str | Path) -> str:
+    """What transformers can load: the shipped folder, a local folder, or a hub id; ``CheckpointError`` if none."""
     text = os.fspath(name)
     if Path(text).is_dir():
         return text
@@ -112,68 +133,70 @@ def _source(name: str | Path) -> str:
     return text
 
 
-def _file(source: str, name: str) -> str | None:
-    """A file of a folder or hub repository, None if it is not there."""
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return str(path) if path.is_file() else None
-    try:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise _not_on_hub(source, str(error).splitlines()[0]) from error
+def _unknown(source: str) -> CheckpointError:
+    remark = f" Shipped models are {', '.join(SHIPPED)}.{did_you_mean(source, SHIPPED)}"
+    return not_on_hub(source, "nothing there, or no network", remark)
 
 
-def _not_on_hub(source: str, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source!r} is no local folder, and the hub does not give it ({reason}). Check the name or the network; "
-        f"shipped models are {', '.join(SHIPPED)}.{did_you_mean(source, SHIPPED)}"
-    )
+def _base_config(source: str) -> dict[str, Any]:
+    path = file_of(source, "config.json")
+    if path is None:
+        raise CheckpointError(f"the base model {source} has no config.json. Pass a checkpoint folder or hub id.")
+    return read_json(path)
+
+
+def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if not isinstance(found, torch.dtype) and found != "auto":
+        raise ConfigError(f"dtype is {dtype!r}, expected a type of torch, such as 'bfloat16', or 'auto'.")
+    return found
+
+
+def _with_selection(config: AdaptiveConfig | None, wanted: str | None) -> AdaptiveConfig | None:
+    """The config with the wanted token selection, if one is wanted; ``ConfigError`` for one that cannot run."""
+    if config is None:
+        if wanted not in (None, "none"):
+            raise ConfigError(f"token_selection={wanted!r} for a base model, which has none. Leave it out.")
+        return None
+    if wanted is not None:
+        config = replace(config, token_selection=wanted)
+    if config.token_selection != "none":
+        raise ConfigError(
+            f"token selection {config.token_selection!r} is not available in this version; pass token_selection='none' "
+            "to load without it."
+        )
+    return config
 
 
 def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     try:
-        config = AutoConfig.from_pretrained(source)
+        AutoConfig.from_pretrained(source)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"the config.json of {source} cannot be used: {error}") from error
-    if config.model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{source} is a {config.model_type!r} model; known hosts: {', '.join(ARCHITECTURES)}. "
-            "Pass a LLaVA checkpoint in Hugging Face format."
-        )
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
         )
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source) if has_tokenizer(source) else None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {error}") from error
-    _check_keys(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    check_keys(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     return model, processor
 
 
-def _load_scheduler(source: str, config: AdaptiveConfig) -> Scheduler:
-    path = _file(source, WEIGHTS_FILE)
+def _load_scheduler(source: str, config: AdaptiveConfig, weights: dict[str, Tensor] | None) -> Scheduler:
+    """The scheduler, with ``weights`` or what the folder has in ``adaptive.safetensors``."""
+    path = file_of(source, WEIGHTS_FILE) if weights is None else source
     if path is None:
         raise CheckpointError(f"{source} has {CONFIG_FILE} but no {WEIGHTS_FILE}. Save the model again.")
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Copy or save it again.") from error
+    if weights is None:
+        try:
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Copy or save it again.") from error
     scheduler = Scheduler(config)
     wanted = scheduler.state_dict()
-    wrong = [(k, tuple(weights[k].shape), tuple(wanted[k].shape)) for k in wanted.keys() & weights.keys()]
-    _check_keys(
-        path, wanted.keys() - weights.keys(), weights.keys() - wanted.keys(), [w for w in wrong if w[1] != w[2]]
-    )
+    both = [(k, tuple(weights[k].shape), tuple(wanted[k].shape)) for k in wanted.keys() & weights.keys()]
+    check_keys(path, wanted.keys() - weights.keys(), weights.keys() - wanted.keys(), [b for b in both if b[1] != b[2]])
     scheduler.load_state_dict(weights)
     return scheduler
-
-
-def _check_keys(source: str, missing: Any, foreign: Any, misshapen: Any) -> None:
-    problems = [
-        f"{len(keys)} {what}, such as {sorted(map(str, keys))[0]}"
-        for keys, what in ((missing, "keys are missing"), (foreign, "keys are foreign"), (misshapen, "shapes differ"))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit its config: {'; '.join(problems)}. Use a complete checkpoint.")

@@ -23,6 +23,7 @@ from adallava.errors import BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
 from adallava.hosts.cache import AdaptiveCache
+from adallava.hosts.inputs import insert_latency_slot, slot_id
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
 from adallava.hosts.switch import attach, detach
@@ -172,10 +173,8 @@ class AdaptiveVLM(nn.Module):
         self.model.gradient_checkpointing_disable()
 
     def _slot_id(self) -> int:
-        """A token id for the latency token's place: padding where there is one, never the image placeholder."""
         pad = self.processor.tokenizer.pad_token_id if self.processor is not None else None
-        image = getattr(self.model.config, "image_token_id", None)
-        return pad if pad is not None and pad != image else int(image == 0)
+        return slot_id(self.model.config, pad)
 
     # -- answering --------------------------------------------------------------------------------------------------
 
@@ -261,12 +260,9 @@ class AdaptiveVLM(nn.Module):
         self, inputs: dict[str, Any], resolved: Sequence[ResolvedBudget | None], **kwargs: Any
     ) -> RequestState:
         """Append the latency token's slot to left-padded inputs and make the request's state."""
-        ids = inputs["input_ids"]
-        batch, tokens = ids.shape
-        inputs["input_ids"] = torch.cat([ids, ids.new_full((batch, 1), self._slot_id())], dim=1)
-        for name, value in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
-            if name in inputs:
-                inputs[name] = torch.cat([inputs[name], inputs[name].new_full((batch, 1), value)], dim=1)
+        new, latency_index = insert_latency_slot(inputs, self._slot_id())
+        inputs.update(new)
+        batch = len(latency_index)
         k = torch.tensor([r.k for r in resolved if r is not None])
         plan = kwargs.get("plan")
         if plan is not None and len(plan) != batch:
@@ -274,7 +270,7 @@ class AdaptiveVLM(nn.Module):
         for row, (wanted, allowed) in enumerate(zip(plan.k if plan is not None else [], k.tolist(), strict=False)):
             if wanted > allowed:
                 raise PlanError(f"row {row} of the plan runs {wanted} switches, its budget allows {allowed}. Raise it.")
-        return self.request_state(k, latency_index=torch.full((batch,), tokens), **kwargs)
+        return self.request_state(k, latency_index=latency_index, **kwargs)
 
     def _decode(self, new_tokens: Tensor, requests: int) -> list[list[str]]:
         texts = [t.strip() for t in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]

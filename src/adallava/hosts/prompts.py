@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
+from transformers import PaliGemmaProcessor
 
 from adallava.errors import PromptError
 from adallava.hosts.images import ImageSource, load_image
 
 Message = dict[str, Any]
+_KINDS = ("image", "video", "boi")
 
 
 @dataclass(frozen=True)
@@ -82,33 +84,45 @@ def _message(message: Any, number: int) -> Message:
 
 
 def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Prompts -> ``input_ids`` and ``attention_mask`` [B, T], left-padded, and ``pixel_values`` of all images."""
+    """Prompts -> ``input_ids`` and ``attention_mask`` [B, T], left-padded, and all else that the processor makes.
+
+    That is ``pixel_values`` of all images and, by host, their sizes or grids and the types of the tokens.
+    Raises ``PromptError`` for what the processor cannot make inputs of.
+    """
     if getattr(processor, "chat_template", None) is None:
         raise PromptError(
             "the processor has no chat template. Set processor.chat_template, or save one as chat_template.jinja "
             "beside the checkpoint."
         )
-    texts = []
-    for prompt in prompts:
-        for message in prompt.messages:
-            for part in message["content"]:
-                if part["type"] == "text" and processor.image_token in part["text"]:
-                    raise PromptError(
-                        f"the text {part['text']!r} contains {processor.image_token!r}, which marks an image. Pass "
-                        "images separately."
-                    )
-        texts.append(processor.apply_chat_template(prompt.messages, add_generation_prompt=True))
-    images = [image for prompt in prompts for image in prompt.images]
+    for number, prompt in enumerate(prompts):
+        _check_text(processor, prompt)
+        if isinstance(processor, PaliGemmaProcessor) and not prompt.images:
+            raise PromptError(f"request {number} has no image, and PaliGemma answers about images only. Pass one.")
+    texts = [processor.apply_chat_template(prompt.messages, add_generation_prompt=True) for prompt in prompts]
     bos = processor.tokenizer.bos_token
     # A template that writes the first token itself must not get a second one from the tokenizer.
     starts = bos is not None and all(text.startswith(bos) for text in texts)
-    return dict(
-        processor(
+    # One list per prompt, because some processors treat an image that is alone in its prompt in another way.
+    images = [prompt.images for prompt in prompts]
+    try:
+        inputs = processor(
             text=texts,
-            images=images or None,
+            images=images if any(images) else None,
             padding=True,
             padding_side="left",
             add_special_tokens=not starts,
             return_tensors="pt",
         )
-    )
+    except ValueError as error:
+        raise PromptError(f"{type(processor).__name__} cannot make model inputs of the prompts: {error}") from error
+    return {name: value for name, value in inputs.items() if name != "labels"}  # PaliGemma's makes labels, all ignored
+
+
+def _check_text(processor: Any, prompt: Prompt) -> None:
+    """Refuse texts that contain a token which marks an image or video."""
+    marks = {getattr(source, f"{kind}_token", None) for source in (processor, processor.tokenizer) for kind in _KINDS}
+    texts = [part["text"] for message in prompt.messages for part in message["content"] if part["type"] == "text"]
+    for text in texts:
+        for mark in marks - {None}:
+            if mark in text:
+                raise PromptError(f"the text {text!r} contains {mark!r}, which marks an image. Pass images separately.")

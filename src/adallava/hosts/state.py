@@ -47,6 +47,7 @@ class RequestState:
         self.gates: Tensor | None = None
         self.plan: ExecutionPlan | None = None
         self.runs: tuple[LayerRun, ...] | None = None
+        self.rope_deltas: Tensor | None = None  # see ``inputs.rope_positions``
         if plan is not None and plan.config != self.config:
             raise PlanError(f"the plan is for {plan.config}, the model is {self.config}. Make the plan for this model.")
 

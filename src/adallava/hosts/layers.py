@@ -1,0 +1,161 @@
+"""``AdaptiveLayer``: what a decoder layer becomes while its model is adaptive, for every family of decoders.
+
+A layer is gated (training), or cut down to the rows, heads and neurons that a plan has on (inference). How the family
+arranges norms and branches is told by its ``Decoder``; what happens inside attention and MLP is the host's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from adallava.config import AdaptiveConfig
+from adallava.errors import ConfigError
+from adallava.hosts.arch import Decoder
+from adallava.hosts.execution import Bundle, LayerRun, Mode
+from adallava.hosts.heads import (
+    add_bias,
+    gated_attention,
+    gated_mlp,
+    mlp_bounds,
+    some_heads,
+    some_neurons,
+    sum_bundles,
+)
+from adallava.hosts.state import RequestState
+
+_Branch = Callable[[Tensor], Tensor]
+
+
+class AdaptiveLayer:
+    """A decoder layer that obeys ``ada_state``; without it, the layer it was."""
+
+    host_class: Any
+    decoder: Decoder
+    self_attn: Any
+    mlp: Any
+    training: bool
+
+    def __call__(self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kwargs: Any) -> Any:
+        """Do what must happen once per forward, outside gradient checkpointing, then run the layer."""
+        if ada_state is not None:
+            index, prefix = self.self_attn.layer_idx, ada_state.config.prefix_layers
+            if index == 0:
+                cache = kwargs.get("past_key_values")
+                hidden_states = ada_state.place_latency_token(hidden_states, cache.get_seq_length() if cache else 0)
+            if index < prefix:
+                ada_state = None
+            elif index == prefix:
+                ada_state.decide(hidden_states, self._gated(ada_state))
+        return super().__call__(hidden_states, *args, ada_state=ada_state, **kwargs)  # type: ignore[misc]
+
+    def _gated(self, state: RequestState) -> bool:
+        if not self.training:
+            return bool(state.gated)
+        keywords = getattr(getattr(self, "_gradient_checkpointing_func", None), "keywords", {})
+        if getattr(self, "gradient_checkpointing", False) and keywords.get("use_reentrant"):
+            raise ConfigError(
+                "gradient checkpointing with use_reentrant=True loses the scheduler's gradient. "
+                'Pass gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        return True if state.gated is None else state.gated
+
+    def adaptive_forward(
+        self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kw: Any
+    ) -> Any:
+        """The host's forward, gated or cut down as the request's plan says."""
+        if ada_state is None:
+            return self.host_class.forward(self, hidden_states, *args, **kw)
+        assert not args, "the decoder passes everything but the hidden states by name"
+        if ada_state.runs is None:
+            return self._gated_forward(hidden_states, ada_state, **kw)
+        run = ada_state.run_of(self.self_attn.layer_idx)
+        if run.mode is Mode.SKIP:
+            return hidden_states
+        if run.mode is Mode.FULL:
+            return self.host_class.forward(self, hidden_states, **kw)
+        x = hidden_states if run.rows is None else hidden_states[run.rows]
+        kw = _select_rows(kw, run.rows, len(hidden_states))
+        if run.mode is Mode.ROWS:
+            out = self.host_class.forward(self, x, **kw)
+        else:
+            out = self._sliced_forward(x, run, ada_state.config, **kw)
+        return out if run.rows is None else hidden_states.index_copy(0, run.rows, out)
+
+    def _gated_forward(self, x: Tensor, state: RequestState, **kw: Any) -> Tensor:
+        """Everything is computed, and what a gate of zero covers adds exactly nothing."""
+        assert state.gates is not None
+        gates = state.gates[:, self.self_attn.layer_idx].to(x.dtype)  # [B, 2, G]
+        if state.config.variant == "L":
+            return self._around(x, lambda h: self.self_attn(hidden_states=h, **kw)[0], self.mlp, gates[..., :1, None])
+        bounds, scale = mlp_bounds(self._mlp_out.in_features, state.config.groups), None
+        if self.decoder.attention_post_norm is not None:
+            # A norm's slope at zero is huge: where all of a branch is off, no gradient may pass through it.
+            scale = (gates.detach() > 0.5).any(-1).to(x.dtype)[..., None, None]
+        return self._around(
+            x,
+            lambda h: gated_attention(self.self_attn, self.decoder, h, gates[:, 0], **kw),
+            lambda h: gated_mlp(self.mlp, self.decoder, h, gates[:, 1], bounds),
+            scale,
+        )
+
+    def _sliced_forward(self, x: Tensor, run: LayerRun, config: AdaptiveConfig, **kw: Any) -> Tensor:
+        """Only the heads and neurons that are on, each on the rows that have it on."""
+        attention, bounds = self.self_attn, mlp_bounds(self._mlp_out.in_features, config.groups)
+
+        def heads(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
+            some = _select_rows(kw, bundle.rows, len(x))
+            if (cache := kw.get("past_key_values")) is not None:
+                some = {**some, "past_key_values": cache.bundle(attention.layer_idx, number)}
+            return some_heads(attention, self.decoder, rows, bundle.spans, **some)
+
+        def neurons(rows: Tensor, bundle: Bundle, _: int) -> Tensor:
+            return some_neurons(self.mlp, self.decoder, rows, bundle.spans, bounds)
+
+        attention_out = getattr(attention, self.decoder.attention_out)
+        return self._around(
+            x,
+            lambda h: add_bias(attention_out, sum_bundles(h, run.attention, heads)),
+            lambda h: add_bias(self._mlp_out, sum_bundles(h, run.mlp, neurons)),
+        )
+
+    def _around(self, x: Tensor, attend: _Branch, feed: _Branch, scale: Tensor | None = None) -> Tensor:
+        """The layer around its two branches; ``scale`` [B, 2, 1, 1] multiplies what each of them adds."""
+        decoder = self.decoder
+        first, second = (None, None) if scale is None else scale.unbind(1)
+        normed = self._through("input_layernorm", x)
+        attention = self._finish(decoder.attention_post_norm, attend(normed), first)
+        if decoder.mlp_norm is None:
+            return x + attention + self._finish(decoder.mlp_post_norm, feed(normed), second)
+        x = x + attention
+        return x + self._finish(decoder.mlp_post_norm, feed(self._through(decoder.mlp_norm, x)), second)
+
+    def _finish(self, norm: str | None, out: Tensor, scale: Tensor | None) -> Tensor:
+        out = self._through(self.decoder.dropout, self._through(norm, out))
+        return out if scale is None else out * scale
+
+    def _through(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+    @property
+    def _mlp_out(self) -> Any:
+        return getattr(self.mlp, self.decoder.mlp_out)
+
+
+def _select_rows(kw: dict[str, Any], rows: Tensor | None, batch: int) -> dict[str, Any]:
+    """Keyword arguments of a decoder layer for some rows: everything that has one entry per row is indexed."""
+    if rows is None:
+        return kw
+    return {name: _select(value, rows, batch) for name, value in kw.items()}
+
+
+def _select(value: Any, rows: Tensor, batch: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_select(v, rows, batch) for v in value)
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch:
+        return value[rows]
+    if type(value).__name__ == "BlockMask":
+        raise ConfigError("flex attention cannot run a part of a batch. Load the model with sdpa or eager attention.")
+    return value
