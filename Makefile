@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test parity lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## *(.*)/  \1\t\2/'
@@ -21,6 +21,11 @@ demo: $(STAMP)  ## answer questions about an image at several budgets
 # One thread per worker: with more, the workers slow each other down.
 test: $(STAMP)  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not gpu"
+
+# The recordings that come with the tests, unless DIR names others.
+DIR ?= tests/golden
+parity: $(STAMP)  ## replay recordings of the released code (DIR=folder)
+	$(BIN)/adallava parity $(DIR)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check

@@ -1,7 +1,7 @@
 """The rooms and which of them may import which. A file that imports upwards fails here.
 
-cli -> (evaluation, bench, training, plots, mini) -> hosts -> (scheduling, selection, cost) -> bottom, where the bottom
-is config, budget, plan, registry, results and errors.
+cli -> (evaluation, bench, training, parity, plots, mini) -> hosts -> (scheduling, selection, cost) -> bottom, where the
+bottom is config, budget, plan, registry, results and errors.
 """
 
 import ast
@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "mini": BOTTOM | MIDDLE | {"hosts", "data", "training"},
     "bench": BOTTOM | MIDDLE | {"hosts", "data"},
     "evaluation": BOTTOM | MIDDLE | {"hosts", "data", "mini"},
+    "parity": BOTTOM | MIDDLE | {"hosts", "data"},
     "plots": BOTTOM | {"cost"},
-    "cli": BOTTOM | MIDDLE | {"hosts", "data", "training", "mini", "bench", "evaluation", "plots"},
+    "cli": BOTTOM | MIDDLE | {"hosts", "data", "training", "mini", "bench", "evaluation", "parity", "plots"},
 }
 # The package's __init__ names everything lazily; only its version may be imported from elsewhere.
 TOP = "__init__"
-MAY_SAY_TRANSFORMERS = {"hosts", "data", "training", "evaluation", "mini"}
+MAY_SAY_TRANSFORMERS = {"hosts", "data", "training", "evaluation", "mini", "parity"}
 WITHOUT_TORCH = {"config", "budget", "registry", "results", "errors", TOP}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -116,6 +116,35 @@ def train(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder or hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
+    to: Annotated[
+        str, typer.Option(help="adallava, or a released layout to go back to: official, llava or mipha.")
+    ] = "adallava",
+    vision_tower: Annotated[
+        str | None, typer.Option(help="Going back: folder or hub id to name as the vision tower.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a released AdaLLaVA, LLaVA-1.5 or Mipha checkpoint, with tokenizer and prompt format; or back."""
+    from adallava.cli.convert import convert as command
+
+    command(source, destination, to, vision_tower, as_json)
+
+
+@app.command()
+def parity(
+    folder: Annotated[Path, typer.Argument(help="Folder of recordings of the released code, such as tests/golden.")],
+    as_json: Json = False,
+) -> None:
+    """Replay recordings of the released code; status 1 if a difference is past its tolerance."""
+    from adallava.cli.parity import parity as command
+
+    command(folder, as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check the installation: packages, device, shipped models. Exits with status 1 if something fails."""
     from adallava.cli.doctor import doctor as command

@@ -1,0 +1,1 @@
+"""Replays recordings of the released research code through this package and measures the differences."""
