@@ -173,6 +173,15 @@ def test_hosts_in_one_process_keep_their_own_signatures():
     assert "image_grid_thw" in names[1] - names[0] and "vision_feature_layer" in names[0] - names[1]
 
 
+@pytest.mark.parametrize("variant", ["L", "H"])
+def test_dtype_and_device_can_be_changed(variant):
+    vlm = tiny_vlm("llava", variant)
+    before = vlm.generate(IMAGES[0], "how many ?", budget="70%", **OPTIONS)
+    assert vlm.to(torch.float64).to("cpu").float() is vlm
+    after = vlm.generate(IMAGES[0], "how many ?", budget="70%", **OPTIONS)
+    assert (after.text, after.plan) == (before.text, before.plan)
+
+
 def test_the_latency_slot_is_no_placeholder():
     config = tiny_base("qwen2-vl").config
     assert slot_id(config, 7) == 7

@@ -44,6 +44,15 @@ def test_a_plain_checkpoint_loads_as_base_model(tmp_path):
         vlm.request_state(torch.tensor([1]))
 
 
+def test_a_processor_that_lacks_a_package(folder, monkeypatch):
+    def without_torchvision(*args, **kwargs):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr("adallava.hosts.load.AutoProcessor.from_pretrained", without_torchvision)
+    with pytest.raises(CheckpointError, match=r"pip install 'adallava\[processors\]'.*Torchvision"):
+        AdaptiveVLM.from_pretrained(folder)
+
+
 def change(folder, name, edit):
     weights = load_file(folder / name)
     edit(weights)

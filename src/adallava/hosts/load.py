@@ -178,6 +178,12 @@ def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, An
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
         )
         processor = AutoProcessor.from_pretrained(source) if has_tokenizer(source) else None
+    except ImportError as error:
+        # The processors of LLaVA-OneVision, Qwen-VL, SmolVLM and InternVL handle videos with packages of their own.
+        raise CheckpointError(
+            f"the processor of {source} needs a package that is not installed. Install what these models use with: "
+            f"pip install 'adallava[processors]'. transformers says: {error}"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {error}") from error
     check_keys(source, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])

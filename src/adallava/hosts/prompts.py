@@ -89,6 +89,11 @@ def encode(processor: Any, prompts: Sequence[Prompt]) -> dict[str, Any]:
     That is ``pixel_values`` of all images and, by host, their sizes or grids and the types of the tokens.
     Raises ``PromptError`` for what the processor cannot make inputs of.
     """
+    if processor is None:
+        raise PromptError(
+            "this model was loaded without a processor, because its folder has no tokenizer files. Put tokenizer.json, "
+            "or tokenizer.model, beside the checkpoint and load it again; or pass input_ids to the model itself."
+        )
     if getattr(processor, "chat_template", None) is None:
         raise PromptError(
             "the processor has no chat template. Set processor.chat_template, or save one as chat_template.jinja "
