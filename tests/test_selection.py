@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adallava.config import TOKEN_SELECTIONS
 from adallava.errors import ConfigError, UnknownNameError
-from adallava.selection import SELECTORS, selector
+from adallava.selection import SELECTORS, describe_selector, parse_selector, selector
 from adallava.selection.baselines import Random, evenly_spaced
 from adallava.selection.common import Patches, Selected
 from adallava.selection.fastv import last_query_attention
@@ -52,6 +53,7 @@ def named(rows):
 
 def test_names():
     assert SELECTORS.names() == ["none", "prumerge", "prumerge+", "fastv", "random", "uniform"]
+    assert tuple(SELECTORS.names()) == TOKEN_SELECTIONS, "what an adaptive config may name"
 
 
 @named([*TOWER, ("fastv", {}), ("fastv", {"layer": 3, "rank": 7}), ("fastv", {"ratio": 0.75})])
@@ -60,10 +62,20 @@ def test_a_selector_is_its_name_and_settings(name, options):
     assert built.name == name
     assert built.place == ("decoder" if name == "fastv" else "tower")
     assert selector(built.name, **dataclasses.asdict(built)) == built
+    assert parse_selector(describe_selector(built)) == built
     for field, value in options.items():
         assert getattr(built, field) == value
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(built, field, value)
+
+
+def test_selectors_as_text():
+    assert parse_selector("fastv: layer=3, ratio = 0.75") == selector("fastv", layer=3, ratio=0.75)
+    assert describe_selector(selector("prumerge+", whole_grid=True)) == "prumerge+:whole_grid=True"
+    assert describe_selector(selector("prumerge")) == "prumerge"
+    for text, words in (("fastv:0.5", "'0.5' where a setting=value"), ("fastv:layer=x", "'x' is no value for layer")):
+        with pytest.raises(ConfigError, match=words):
+            parse_selector(text)
 
 
 def test_unknown_names_and_settings():

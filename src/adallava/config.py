@@ -23,7 +23,7 @@ from adallava.errors import ConfigError, did_you_mean
 
 FORMAT_VERSION = 1
 VARIANTS = ("L", "H")
-TOKEN_SELECTIONS = ("none", "prumerge", "prumerge+", "fastv")
+TOKEN_SELECTIONS = ("none", "prumerge", "prumerge+", "fastv", "random", "uniform")
 DEFAULT_HEADS_PER_SWITCH = 8
 
 
@@ -50,7 +50,7 @@ class AdaptiveConfig:
     latency_dim: int = 256
     """Number of sin/cos features that encode the budget; even."""
     token_selection: str = "none"
-    """Visual token selection: "none", "prumerge", "prumerge+" or "fastv"."""
+    """Visual token selection: a name with its settings, if any, such as "prumerge+" or "fastv:layer=3,ratio=0.75"."""
     base_model: str | None = None
     """Name or folder of the base model, for a folder that holds the adaptive parts only."""
     format_version: int = FORMAT_VERSION
@@ -100,10 +100,11 @@ class AdaptiveConfig:
         object.__setattr__(self, "tau", float(self.tau))
         if self.latency_dim % 2:
             raise ConfigError(f"latency_dim is {self.latency_dim}, expected an even number: half sines, half cosines.")
-        if self.token_selection not in TOKEN_SELECTIONS:
+        chosen = str(self.token_selection).partition(":")[0]
+        if chosen not in TOKEN_SELECTIONS:
             raise ConfigError(
                 f"token_selection is {self.token_selection!r}, expected one of "
-                f"{', '.join(map(repr, TOKEN_SELECTIONS))}.{did_you_mean(str(self.token_selection), TOKEN_SELECTIONS)}"
+                f"{', '.join(map(repr, TOKEN_SELECTIONS))}.{did_you_mean(chosen, TOKEN_SELECTIONS)}"
             )
         if self.base_model is not None and not isinstance(self.base_model, str):
             raise ConfigError(f"base_model is {self.base_model!r}, expected a name or folder as text, or None.")

@@ -20,12 +20,12 @@ from adallava.cost.spec import CostError, ModelSpec
 
 @dataclass(frozen=True)
 class Cost:
-    """What one plan costs at one prompt length, beside the base model at the same length."""
+    """What one plan costs for one prompt, beside the base model that sees all of the prompt."""
 
     prefill_flops: float
     """FLOPs of the prefill."""
     base_prefill_flops: float
-    """FLOPs of the same prefill with everything on."""
+    """FLOPs of the prefill with everything on and every token kept."""
     decode_flops_per_token: float
     """FLOPs of the first decoding step; each further position adds a little."""
     convention: str = CONVENTION
@@ -60,17 +60,18 @@ class GenerationCost:
         return self.flops / self.new_tokens
 
 
-def plan_cost(spec: ModelSpec, heads_on: PlanLike, tokens: int) -> Cost:
+def plan_cost(spec: ModelSpec, heads_on: PlanLike, tokens: Tokens, base_tokens: int | None = None) -> Cost:
     """Return what a plan costs for a prompt of ``tokens`` positions, batch 1 (paper convention).
 
     heads_on: heads on in each layer, 0 for a layer that is skipped; or loads, as from ``plan_loads``.
-    tokens: prompt length, visual and latency tokens included.
+    tokens: prompt length, visual and latency tokens included, or one length per layer where tokens are dropped inside.
+    base_tokens: prompt length of the base model, where token selection made ``tokens`` fewer.
     Raises ``PlanError`` for a plan of another model and ``CostError`` for a length below 1.
     """
     loads = as_loads(spec, heads_on)
     return Cost(
         prefill_flops=prefill_flops(spec, loads, tokens),
-        base_prefill_flops=prefill_flops(spec, full_loads(spec), tokens),
+        base_prefill_flops=prefill_flops(spec, full_loads(spec), tokens if base_tokens is None else base_tokens),
         decode_flops_per_token=decode_step_flops(spec, loads, tokens),
     )
 

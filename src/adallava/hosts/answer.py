@@ -47,7 +47,10 @@ class Answer:
     cost: Cost
     timing: Timing
     prompt_tokens: int
+    """Tokens of the prompt, all visual tokens included, without the latency token."""
     texts: list[str] = field(default_factory=list)
+    layer_tokens: list[int] = field(default_factory=list)
+    """Tokens of the prompt that each layer processed: with the latency token, without dropped visual tokens."""
 
 
 class Stopwatch(StoppingCriteria):

@@ -47,7 +47,7 @@ def some_heads(attention: Any, decoder: Decoder, x: Tensor, spans: Sequence[Span
     }
     out = decoder.attention_out
     parts[out] = partial(_columns, _linear(attention, out), spans, query_unit)
-    return _forward(attention, parts, hidden_states=x, **kwargs)[0]
+    return exchanged_forward(attention, parts, hidden_states=x, **kwargs)[0]
 
 
 def some_neurons(mlp: Any, decoder: Decoder, x: Tensor, spans: Sequence[Span], bounds: Sequence[int]) -> Tensor:
@@ -57,7 +57,7 @@ def some_neurons(mlp: Any, decoder: Decoder, x: Tensor, spans: Sequence[Span], b
         name: partial(_rows, _linear(mlp, name), neurons, 1) for name in decoder.mlp_in
     }
     parts[decoder.mlp_out] = partial(_columns, _linear(mlp, decoder.mlp_out), neurons, 1)
-    return _forward(mlp, parts, x)
+    return exchanged_forward(mlp, parts, x)
 
 
 def add_bias(linear: nn.Linear, out: Tensor) -> Tensor:
@@ -83,14 +83,14 @@ def gated_attention(attention: Any, decoder: Decoder, x: Tensor, gates: Tensor, 
     """Attention output with each group's heads multiplied by its gate, [R, G], before the output projection."""
     width = attention.head_dim * attention.num_key_value_groups
     out = partial(_gated_linear, getattr(attention, decoder.attention_out), gates, [width] * gates.shape[-1])
-    return _forward(attention, {decoder.attention_out: out}, hidden_states=x, **kwargs)[0]
+    return exchanged_forward(attention, {decoder.attention_out: out}, hidden_states=x, **kwargs)[0]
 
 
 def gated_mlp(mlp: Any, decoder: Decoder, x: Tensor, gates: Tensor, bounds: Sequence[int]) -> Tensor:
     """The whole MLP with each neuron share multiplied by its gate, [R, G], before the output projection."""
     widths = [stop - start for start, stop in pairwise(bounds)]
     out = partial(_gated_linear, getattr(mlp, decoder.mlp_out), gates, widths)
-    return _forward(mlp, {decoder.mlp_out: out}, x)
+    return exchanged_forward(mlp, {decoder.mlp_out: out}, x)
 
 
 def _gated_linear(linear: Any, gates: Tensor, widths: Sequence[int], x: Tensor) -> Tensor:
@@ -106,16 +106,17 @@ def _gated_linear(linear: Any, gates: Tensor, widths: Sequence[int], x: Tensor) 
 
 
 class _Exchanged:
-    """A module as its own forward sees it, some of its submodules being exchanged."""
+    """A module as its own forward sees it, some of its attributes being exchanged."""
 
-    def __init__(self, module: nn.Module, parts: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, module: nn.Module, parts: dict[str, Any]) -> None:
         self.__dict__.update(parts, _module=module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
 
-def _forward(module: nn.Module, parts: dict[str, Callable[[Tensor], Tensor]], *args: Any, **kwargs: Any) -> Any:
+def exchanged_forward(module: nn.Module, parts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Run the forward of a module's class with some of its attributes exchanged for ``parts``."""
     forward: Any = type(module).forward
     return forward(_Exchanged(module, parts), *args, **kwargs)
 

@@ -13,7 +13,7 @@ from adallava.errors import PromptError
 if TYPE_CHECKING:
     from adallava.hosts.state import RequestState
 
-_PER_TOKEN = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0}
+PER_TOKEN = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
 def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str, Any], Tensor]:
@@ -36,7 +36,7 @@ def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str,
         new["input_ids"] = _insert(ids, index, slot_id)
     else:
         new["inputs_embeds"] = _insert(tokens, index, 0)
-    for name, value in _PER_TOKEN.items():
+    for name, value in PER_TOKEN.items():
         if isinstance(inputs.get(name), Tensor):
             new[name] = _insert(inputs[name], index, value)
     return new, index
@@ -48,6 +48,20 @@ def slot_id(config: Any, pad_token_id: int | None) -> int:
     if pad_token_id is not None and pad_token_id not in placeholders:
         return pad_token_id
     return next(i for i in range(len(placeholders) + 1) if i not in placeholders)
+
+
+def embed_images(model: Any, ids: Tensor, images: list[Tensor]) -> Tensor:
+    """Embeddings [B, T, D] of ids [B, T], the first image placeholders of row b standing for ``images[b]`` [M, D]."""
+    place = ids == model.config.image_token_id
+    wanted = torch.tensor([len(tokens) for tokens in images], device=ids.device)
+    place = place & (place.cumsum(1) <= wanted[:, None])
+    if not torch.equal(place.sum(1), wanted):
+        raise PromptError(
+            f"the prompts have {place.sum(1).tolist()} image placeholders for {wanted.tolist()} visual tokens. "
+            "Select visual tokens and prompts together."
+        )
+    embeds = model.get_input_embeddings()(ids)
+    return embeds.masked_scatter(place[..., None], torch.cat(images).to(embeds))
 
 
 def rope_positions(model: Any, inputs: dict[str, Any], state: RequestState) -> Tensor:

@@ -7,6 +7,7 @@ arranges norms and branches is told by its ``Decoder``; what happens inside atte
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from adallava.hosts.arch import Decoder
 from adallava.hosts.execution import Bundle, LayerRun, Mode
 from adallava.hosts.heads import (
     add_bias,
+    exchanged_forward,
     gated_attention,
     gated_mlp,
     mlp_bounds,
@@ -40,16 +42,20 @@ class AdaptiveLayer:
 
     def __call__(self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kwargs: Any) -> Any:
         """Do what must happen once per forward, outside gradient checkpointing, then run the layer."""
-        if ada_state is not None:
-            index, prefix = self.self_attn.layer_idx, ada_state.config.prefix_layers
-            if index == 0:
-                cache = kwargs.get("past_key_values")
-                hidden_states = ada_state.place_latency_token(hidden_states, cache.get_seq_length() if cache else 0)
-            if index < prefix:
-                ada_state = None
-            elif index == prefix:
-                ada_state.decide(hidden_states, self._gated(ada_state))
-        return super().__call__(hidden_states, *args, ada_state=ada_state, **kwargs)  # type: ignore[misc]
+        if ada_state is None:
+            return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        index, cut = self.self_attn.layer_idx, ada_state.cut
+        if index == 0:
+            cache = kwargs.get("past_key_values")
+            hidden_states = ada_state.place_latency_token(hidden_states, cache.get_seq_length() if cache else 0)
+        if cut is not None and index >= cut.layer:
+            if index == cut.layer:
+                hidden_states = cut.enter(hidden_states, ada_state.past_tokens)
+            kwargs = cut.arguments(kwargs, hidden_states, "flash" in self.self_attn.config._attn_implementation)
+        if index == ada_state.prefix_layers:
+            ada_state.decide(hidden_states, self._gated(ada_state))
+        out = super().__call__(hidden_states, *args, ada_state=ada_state, **kwargs)  # type: ignore[misc]
+        return cut.leave(out) if cut is not None and index == cut.layers - 1 else out
 
     def _gated(self, state: RequestState) -> bool:
         if not self.training:
@@ -66,12 +72,20 @@ class AdaptiveLayer:
         self, hidden_states: Tensor, *args: Any, ada_state: RequestState | None = None, **kw: Any
     ) -> Any:
         """The host's forward, gated or cut down as the request's plan says."""
-        if ada_state is None:
+        index = self.self_attn.layer_idx
+        cut = None if ada_state is None or ada_state.past_tokens else ada_state.cut
+        watched = cut is not None and index == cut.layer - 1
+        if ada_state is None or (index < ada_state.prefix_layers and not watched):
             return self.host_class.forward(self, hidden_states, *args, **kw)
         assert not args, "the decoder passes everything but the hidden states by name"
+        if watched:
+            assert cut is not None
+            parts = cut.watched(self.self_attn)
+            attend = partial(exchanged_forward, self.self_attn, parts, **kw)
+            return self._around(hidden_states, lambda h: attend(hidden_states=h)[0], self.mlp)
         if ada_state.runs is None:
             return self._gated_forward(hidden_states, ada_state, **kw)
-        run = ada_state.run_of(self.self_attn.layer_idx)
+        run = ada_state.run_of(index)
         if run.mode is Mode.SKIP:
             return hidden_states
         if run.mode is Mode.FULL:

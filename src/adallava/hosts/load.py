@@ -28,6 +28,7 @@ from adallava.hosts.convert_processor import has_tokenizer
 from adallava.hosts.convert_read import check_keys, load_foreign, read_foreign
 from adallava.hosts.formats import detect
 from adallava.scheduling.scheduler import Scheduler
+from adallava.selection import describe_selector
 
 if TYPE_CHECKING:
     from adallava.hosts.model import AdaptiveVLM
@@ -53,9 +54,9 @@ def load(
     A folder without ``adaptive_config.json`` loads as a plain base model; one in a released layout (AdaLLaVA,
     LLaVA-1.5, Mipha) is converted in memory. A checkpoint without tokenizer loads with ``processor`` None. dtype:
     float32 on the CPU and the checkpoint's own elsewhere when None. device: "cuda" if there is one, else "cpu".
-    token_selection: instead of the checkpoint's. kwargs go to transformers' ``from_pretrained`` (for example
-    ``attn_implementation``). Raises ``CheckpointError``, and ``ConfigError`` for a token selection that this version
-    does not have.
+    token_selection: instead of the checkpoint's, such as "fastv"; see ``AdaptiveVLM.token_selection``.
+    kwargs go to transformers' ``from_pretrained`` (for example ``attn_implementation``).
+    Raises ``CheckpointError``, and ``ConfigError`` for a token selection that cannot work in this host.
     """
     from adallava.hosts.model import AdaptiveVLM
 
@@ -78,7 +79,8 @@ def load(
     learned = None if config is not None else foreign
     if learned is not None:
         config = learned.adaptive
-    config = _with_selection(config, token_selection)
+    if config is not None and token_selection is not None:
+        config = replace(config, token_selection=token_selection)
     if foreign is None:
         model, processor = _load_base(base, dtype, kwargs)
         weights: dict[str, Tensor] = {}
@@ -88,7 +90,10 @@ def load(
     scheduler = None
     if config is not None:
         scheduler = _load_scheduler(source, config, weights if learned is not None else None)
-    return AdaptiveVLM(model.to(device), processor, config, scheduler).eval()
+    vlm = AdaptiveVLM(model.to(device), processor, config, scheduler).eval()
+    if config is None and token_selection is not None:
+        vlm.token_selection = token_selection
+    return vlm
 
 
 def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
@@ -104,7 +109,9 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
             vlm.processor.save_pretrained(folder)
     if vlm.adaptive_config is None or vlm.scheduler is None:
         return
-    config = vlm.adaptive_config if adapter_only else replace(vlm.adaptive_config, base_model=None)
+    config = replace(vlm.adaptive_config, token_selection=describe_selector(vlm.token_selection))
+    if not adapter_only:
+        config = replace(config, base_model=None)
     config.to_json_file(folder / CONFIG_FILE)
     save_file({k: v.contiguous() for k, v in vlm.scheduler.state_dict().items()}, folder / WEIGHTS_FILE)
     for path in folder.glob("*.safetensors"):
@@ -150,22 +157,6 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if not isinstance(found, torch.dtype) and found != "auto":
         raise ConfigError(f"dtype is {dtype!r}, expected a type of torch, such as 'bfloat16', or 'auto'.")
     return found
-
-
-def _with_selection(config: AdaptiveConfig | None, wanted: str | None) -> AdaptiveConfig | None:
-    """The config with the wanted token selection, if one is wanted; ``ConfigError`` for one that cannot run."""
-    if config is None:
-        if wanted not in (None, "none"):
-            raise ConfigError(f"token_selection={wanted!r} for a base model, which has none. Leave it out.")
-        return None
-    if wanted is not None:
-        config = replace(config, token_selection=wanted)
-    if config.token_selection != "none":
-        raise ConfigError(
-            f"token selection {config.token_selection!r} is not available in this version; pass token_selection='none' "
-            "to load without it."
-        )
-    return config
 
 
 def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:

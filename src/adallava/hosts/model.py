@@ -19,16 +19,19 @@ from transformers import StoppingCriteriaList
 from adallava.budget import Budget, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
-from adallava.errors import BudgetError, ConfigError, PlanError, PromptError
+from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
 from adallava.hosts.cache import AdaptiveCache
+from adallava.hosts.cut import TokenCut
 from adallava.hosts.inputs import insert_latency_slot, slot_id
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
 from adallava.hosts.switch import attach, detach
+from adallava.hosts.visual import Selector, as_selector, check_selector, select_images
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.scheduler import Mode, Scheduler
+from adallava.selection import describe_selector
 
 DEFAULT_NEW_TOKENS = 128
 _REFUSED = {
@@ -50,21 +53,26 @@ class AdaptiveVLM(nn.Module):
     def __init__(
         self, model: nn.Module, processor: Any, config: AdaptiveConfig | None = None, scheduler: Scheduler | None = None
     ) -> None:
-        """Attach ``config`` to ``model`` in place; without a config the model stays as it is and runs at 100 %."""
+        """Attach ``config`` to ``model`` in place; without a config the model runs whole, at 100 %."""
         super().__init__()
         architecture_of(model)
+        if config is None and scheduler is not None:
+            raise ConfigError("a scheduler was passed without a config. Pass scheduler.config as config.")
         self.processor, self.adaptive_config = processor, config
         self.mode: Mode = "learned"
+        attach(model, config)
         if config is not None:
             scheduler = scheduler or Scheduler(config)
-            attach(model, config)
             reference = next(model.parameters())
             scheduler.to(device=reference.device, dtype=reference.dtype)
-        elif scheduler is not None:
-            raise ConfigError("a scheduler was passed without a config. Pass scheduler.config as config.")
         self.model: Any = model
         self.scheduler = scheduler
         self.train(model.training)
+        try:
+            self.token_selection = config.token_selection if config is not None else "none"
+        except AdaLlavaError:
+            detach(model)
+            raise
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: Any) -> AdaptiveVLM:
@@ -91,10 +99,27 @@ class AdaptiveVLM(nn.Module):
 
     def detach(self) -> nn.Module:
         """Give the base model back as it was; this object cannot be used afterwards."""
-        if self.adaptive_config is not None:
-            detach(self.model)
+        detach(self.model)
         model, self.model, self.scheduler, self.adaptive_config = self.model, None, None, None
         return model
+
+    @property
+    def token_selection(self) -> Selector:
+        """The selector of visual tokens that requests and training use unless they name another.
+
+        May be set to a selector or its text: "none", "prumerge+", "fastv:layer=3,ratio=0.75"; ``ConfigError`` says why
+        one cannot work in this host.
+        """
+        return self._token_selection
+
+    @token_selection.setter
+    def token_selection(self, chosen: str | Selector) -> None:
+        self._token_selection = self._selector(chosen)
+
+    def _selector(self, chosen: str | Selector) -> Selector:
+        selector = as_selector(chosen)
+        check_selector(self.model, selector, self.adaptive_config.prefix_layers if self.adaptive_config else None)
+        return selector
 
     # -- facts ------------------------------------------------------------------------------------------------------
 
@@ -137,6 +162,7 @@ class AdaptiveVLM(nn.Module):
             "dtype": str(weights[0].dtype).removeprefix("torch."),
             "device": str(self.device),
             "attention": self.model.config._attn_implementation,
+            "token_selection": describe_selector(self.token_selection),
         }
 
     # -- training and raw forwards ----------------------------------------------------------------------------------
@@ -145,23 +171,35 @@ class AdaptiveVLM(nn.Module):
         """The state of a request with k switches per row, int64 [B]; kwargs as of ``RequestState``."""
         if self.scheduler is None:
             raise ConfigError("this is a base model, which has no switches. Make it adaptive with AdaptiveVLM.adapt.")
-        return RequestState(self.scheduler, k, slot_id=self._slot_id(), **{"mode": self.mode, **kwargs})
+        return self._state(self.token_selection, k, **kwargs)
+
+    def _state(self, selector: Selector, k: Tensor, **kwargs: Any) -> RequestState:
+        defaults: dict[str, Any] = {"mode": self.mode, "slot_id": self._slot_id()}
+        if selector.place == "decoder":
+            defaults["cut"] = TokenCut(selector, self.spec.num_layers)
+        return RequestState(self.scheduler, k, **{**defaults, **kwargs})
 
     def forward(self, *, k: Tensor | None = None, ada_state: RequestState | None = None, **inputs: Any) -> Any:
         """The host's forward under a budget; sequences come back one token longer, by the latency token.
 
+        Where visual tokens are selected before the decoder, they come back shorter by those that were dropped.
+
         k: int64 [B], switches on per row. None: in training drawn uniformly from 0 to ``config.max_k`` for each row
             (the paper's random budgets), otherwise everything on. inputs: the host's, with ``labels`` in training.
         """
-        if self.adaptive_config is None:
+        if self.adaptive_config is None and self.token_selection.name == "none":
             return self.model(**inputs)
         if ada_state is None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             if k is None:
-                full = self.adaptive_config.max_k
+                full = self.adaptive_config.max_k if self.adaptive_config is not None else 0
                 # On the CPU, so that a seed draws the same budgets on every device.
                 k = torch.randint(full + 1, (len(tokens),)) if self.training else torch.full((len(tokens),), full)
-            ada_state = self.request_state(k)
+            ada_state = self._state(self.token_selection, k)
+        seed = int(torch.randint(2**31, ())) if self.training else 0
+        inputs, images = select_images(self.model, inputs, self.token_selection, seed)
+        if images is not None:
+            ada_state.images = images
         return self.model(**inputs, ada_state=ada_state)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -204,41 +242,49 @@ class AdaptiveVLM(nn.Module):
         plan: ExecutionPlan | None = None,
         mode: Mode | None = None,
         generator: torch.Generator | None = None,
+        token_selection: str | Selector | None = None,
         **kwargs: Any,
     ) -> list[Answer]:
         """Answer several requests at once, each at its own budget; a batch gives what single requests give.
 
         plan: obey this plan, one row per request. mode: "learned", "random" or "static" scheduling (baselines).
+        token_selection: which visual tokens to keep, "none", "prumerge", "prumerge+", "fastv", "random:ratio=0.25",
+            "uniform:count=16" or a selector; the model's own when None.
         """
         if not requests:
             return []
         for name in set(_REFUSED) & {n for n, v in kwargs.items() if v is not None}:
             raise PromptError(f"generate() was given {name}={kwargs[name]!r}: {_REFUSED[name]}. Leave it out.")
         started = time.perf_counter()
+        selector = self.token_selection if token_selection is None else self._selector(token_selection)
         resolved = [self._resolve(request.budget) for request in requests]
         prompts = [to_prompt(request) for request in requests]
         inputs = self._to_device(encode(self.processor, prompts))
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+        watch = Stopwatch(self.device)
+        prepared, watch.started = time.perf_counter() - started, watch._now()
+        inputs, images = select_images(self.model, inputs, selector)
         if self.adaptive_config is not None:
-            state = self._prepare(inputs, resolved, plan=plan, mode=mode or self.mode, generator=generator)
+            settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
+            state = self._prepare(inputs, resolved, selector, **settings)
         elif plan is not None or mode is not None:
             raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
+        elif selector.name != "none":
+            state = self._state(selector, torch.zeros(len(requests), dtype=torch.long), images=images)
         else:
             state = None
-        watch = Stopwatch(self.device)
         options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
         options["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), watch])
         if state is not None:
             inputs["ada_state"] = state
             if options.get("use_cache", True):
                 inputs["past_key_values"] = AdaptiveCache(state)
-        prepared = time.perf_counter() - started
-        watch.started = watch._now()
         with _evaluating(self):
             out = self.model.generate(**inputs, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
-        return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens)
+        lengths = self._lengths(inputs["attention_mask"], state, len(requests))
+        return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens, lengths)
 
     def _resolve(self, budget: object) -> ResolvedBudget | None:
         parsed = Budget.parse(budget)
@@ -257,7 +303,7 @@ class AdaptiveVLM(nn.Module):
         }
 
     def _prepare(
-        self, inputs: dict[str, Any], resolved: Sequence[ResolvedBudget | None], **kwargs: Any
+        self, inputs: dict[str, Any], resolved: Sequence[ResolvedBudget | None], selector: Selector, **kwargs: Any
     ) -> RequestState:
         """Append the latency token's slot to left-padded inputs and make the request's state."""
         new, latency_index = insert_latency_slot(inputs, self._slot_id())
@@ -270,7 +316,15 @@ class AdaptiveVLM(nn.Module):
         for row, (wanted, allowed) in enumerate(zip(plan.k if plan is not None else [], k.tolist(), strict=False)):
             if wanted > allowed:
                 raise PlanError(f"row {row} of the plan runs {wanted} switches, its budget allows {allowed}. Raise it.")
-        return self.request_state(k, latency_index=latency_index, **kwargs)
+        return self._state(selector, k, latency_index=latency_index, **kwargs)
+
+    def _lengths(self, mask: Tensor, state: RequestState | None, requests: int) -> list[list[int]]:
+        """Prompt tokens that each layer processed, for every request; mask: [B, T], zero for padding."""
+        if state is None or state.cut is None:
+            return [[tokens] * self.spec.num_layers for tokens in mask.sum(-1).tolist()]
+        assert state.cut.keep is not None
+        each = len(state.cut.keep) // requests
+        return state.cut.lengths(mask.repeat_interleave(each, 0))[::each]
 
     def _decode(self, new_tokens: Tensor, requests: int) -> list[list[str]]:
         texts = [t.strip() for t in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
@@ -284,16 +338,17 @@ class AdaptiveVLM(nn.Module):
         state: RequestState | None,
         timing: Timing,
         prompt_tokens: list[int],
+        lengths: list[list[int]],
     ) -> list[Answer]:
         spec, answers = self.spec, []
         for row, (some, budget, tokens) in enumerate(zip(texts, resolved, prompt_tokens, strict=True)):
             plan = None
-            if state is not None:
+            if state is not None and state.scheduler is not None:
                 assert state.plan is not None
                 plan = state.plan.row(row * (len(state.plan) // len(texts)))
             loads = full_loads(spec) if plan is None else plan_loads(spec, plan, 0)
-            cost = plan_cost(spec, loads, tokens + (plan is not None))
-            answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some))
+            cost = plan_cost(spec, loads, lengths[row], tokens + (plan is not None))
+            answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some, lengths[row]))
         return answers
 
 

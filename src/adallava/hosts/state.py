@@ -2,15 +2,20 @@
 
 It travels as the keyword argument ``ada_state`` of ``forward`` to every decoder layer, so that nothing is kept on the
 model and several requests can run in threads at once. Layer 0 puts the latency token in, the first layer after the
-prefix decides the plan, the later ones obey it.
+prefix decides the plan, the later ones obey it. A request may also select visual tokens, of a base model too, which has
+no scheduler: then nothing is put in and nothing decided, and everything runs.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+from adallava.config import AdaptiveConfig
 from adallava.errors import PlanError
+from adallava.hosts.cut import TokenCut
 from adallava.hosts.execution import LayerRun, compile_plan
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.sampling import NoiseSource
@@ -20,15 +25,18 @@ from adallava.scheduling.scheduler import Mode, Scheduler
 class RequestState:
     """One request: budget k per row, where the latency token is, and, once decided, the gates or the plan.
 
-    k: int64 [B]. latency_index: int64 [B], position of the latency token in the prompt; None until it is put in.
+    scheduler: None for a base model. k: int64 [B].
+    latency_index: int64 [B], position of the latency token in the prompt; None until it is put in.
     plan: a plan to obey instead of the scheduler's. mode: who decides, see ``Scheduler.gates``.
     slot_id: token id that holds the latency token's place in input_ids; any but an image placeholder.
     gated: compute everything and multiply by gates (training) rather than skip; None: as the layers' ``training``.
+    cut: drops image tokens inside the decoder. images: [M, D] for each row, what its image placeholders stand for where
+        tokens were selected before the decoder; None: the host encodes the pictures itself.
     """
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | None,
         k: Tensor,
         *,
         mode: Mode = "learned",
@@ -38,8 +46,11 @@ class RequestState:
         slot_id: int = 0,
         noise: NoiseSource | None = None,
         generator: torch.Generator | None = None,
+        cut: TokenCut | None = None,
+        images: list[Tensor] | None = None,
     ) -> None:
-        self.scheduler, self.config = scheduler, scheduler.config
+        self.scheduler = scheduler
+        self.cut, self.images = cut, images
         self.k, self.mode, self.latency_index, self.gated = k, mode, latency_index, gated
         self.slot_id, self.noise, self.generator = slot_id, noise, generator
         self.forced = plan
@@ -48,8 +59,20 @@ class RequestState:
         self.plan: ExecutionPlan | None = None
         self.runs: tuple[LayerRun, ...] | None = None
         self.rope_deltas: Tensor | None = None  # see ``inputs.rope_positions``
+        self.past_tokens = 0  # tokens in the cache before this forward
         if plan is not None and plan.config != self.config:
             raise PlanError(f"the plan is for {plan.config}, the model is {self.config}. Make the plan for this model.")
+
+    @property
+    def config(self) -> AdaptiveConfig:
+        """The scheduler's config."""
+        assert self.scheduler is not None, "a base model has no adaptive config"
+        return self.scheduler.config
+
+    @property
+    def prefix_layers(self) -> int:
+        """Layers that always run; more than there are for a base model."""
+        return sys.maxsize if self.scheduler is None else self.config.prefix_layers
 
     @property
     def decided(self) -> bool:
@@ -58,6 +81,9 @@ class RequestState:
 
     def place_latency_token(self, hidden_states: Tensor, past_tokens: int) -> Tensor:
         """Put the latency tokens into the embeddings [B, T, D] that enter layer 0; decode steps pass unchanged."""
+        self.past_tokens = past_tokens
+        if self.scheduler is None:
+            return hidden_states
         if past_tokens > 0:
             if not self.decided:
                 raise PlanError(
@@ -66,7 +92,6 @@ class RequestState:
                 )
             return hidden_states
         batch, tokens, _ = hidden_states.shape
-        self._expand(batch)
         assert self.latency_index is not None, "the top model sets the position before its layers run"
         if int(self.latency_index.max()) >= tokens:
             raise PlanError(
@@ -84,7 +109,9 @@ class RequestState:
         batch = hidden_states.shape[0]
         assert self.latency_index is not None
         rows = torch.arange(batch, device=hidden_states.device)
-        state = hidden_states[rows, self.latency_index.to(hidden_states.device)]
+        index = self.latency_index.to(hidden_states.device)
+        # The residual stream may have lost tokens before the prefix ended.
+        state = hidden_states[rows, index if self.cut is None else self.cut.where(index)]
         k = self.k.to(hidden_states.device)
         if self.forced is not None:
             gates = self.forced.gates.to(hidden_states.device)
@@ -96,6 +123,7 @@ class RequestState:
             self.runs = compile_plan(self.plan, hidden_states.device)
 
     def _scheduled(self, state: Tensor, k: Tensor, gated: bool) -> Tensor:
+        assert self.scheduler is not None
         self.logits = self.scheduler.logits(state)
         training = gated and self.scheduler.training
         gates = self.scheduler.gates(
@@ -111,8 +139,11 @@ class RequestState:
         assert self.runs is not None, "runs are compiled when a plan is decided for skipping"
         return self.runs[layer]
 
-    def _expand(self, batch: int) -> None:
+    def expand(self, batch: int) -> None:
         """Follow generate(), which repeats every sample for beams and for several answers before the prefill."""
+        if self.images is not None and len(self.images) < batch:
+            each = batch // len(self.images)
+            self.images = [image for image in self.images for _ in range(each)]
         given = len(self.k)
         if given == batch:
             return

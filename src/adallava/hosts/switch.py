@@ -11,20 +11,34 @@ import functools
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adallava.config import AdaptiveConfig
-from adallava.errors import CheckpointError, ConfigError
+from adallava.errors import CheckpointError, ConfigError, PromptError
 from adallava.hosts.arch import decoder_layers, decoder_of
 from adallava.hosts.cache import AdaptiveCache
-from adallava.hosts.inputs import insert_latency_slot, rope_positions
+from adallava.hosts.inputs import embed_images, insert_latency_slot, latency_position, rope_positions
 from adallava.hosts.layers import AdaptiveLayer
 from adallava.hosts.state import RequestState
 
 
-def attach(model: Any, config: AdaptiveConfig) -> None:
-    """Make ``model`` adaptive in place; ``ConfigError`` if ``config`` is not of this model."""
+def attach(model: Any, config: AdaptiveConfig | None) -> None:
+    """Make ``model`` adaptive in place; ``ConfigError`` if ``config`` is not of this model.
+
+    Without a config its layers can drop visual tokens, but none can be off.
+    """
     layers = decoder_layers(model)
+    if config is not None:
+        _check(model, config)
+    if is_attached(model):
+        raise ConfigError("the model is adaptive already. Detach it first.")
+    decoder = decoder_of(model)
+    for layer in layers:
+        layer.__class__ = _adaptive_class(type(layer), AdaptiveLayer, decoder=decoder)
+    model.__class__ = _adaptive_class(type(model), AdaptiveTop)
+
+
+def _check(model: Any, config: AdaptiveConfig) -> None:
     expected = AdaptiveConfig.from_model_config(
         model.config.get_text_config(),
         variant=config.variant,
@@ -36,12 +50,6 @@ def attach(model: Any, config: AdaptiveConfig) -> None:
                 f"the adaptive config says {name} = {getattr(config, name)}, the model has {getattr(expected, name)}. "
                 "Use the config that was made for this model."
             )
-    if is_attached(model):
-        raise ConfigError("the model is adaptive already. Detach it first.")
-    decoder = decoder_of(model)
-    for layer in layers:
-        layer.__class__ = _adaptive_class(type(layer), AdaptiveLayer, decoder=decoder)
-    model.__class__ = _adaptive_class(type(model), AdaptiveTop)
 
 
 def detach(model: nn.Module) -> None:
@@ -112,11 +120,32 @@ class AdaptiveTop:
             kwargs |= kwargs.pop("kwargs", {})
             kwargs.pop("self")
         self._give_cache(kwargs, ada_state)
-        if ada_state.latency_index is None:
+        if ada_state.latency_index is None and ada_state.scheduler is not None:
             kwargs, ada_state.latency_index = insert_latency_slot(kwargs, ada_state.slot_id)
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            self._begin_prompt(kwargs, ada_state)
         if hasattr(self.model, "get_rope_index") and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = rope_positions(self.model, kwargs, ada_state)
         return forward(self, **kwargs, ada_state=ada_state)
+
+    def _begin_prompt(self, kwargs: dict[str, Any], state: RequestState) -> None:
+        """Tell the request what the prompt is, and put selected visual tokens into it."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        tokens: Tensor = kwargs["inputs_embeds"] if ids is None else ids
+        batch, length = tokens.shape[:2]
+        state.expand(batch)
+        if state.cut is not None:
+            looks = state.latency_index
+            if looks is None:
+                looks = latency_position(batch, length, mask, kwargs.get("labels")) - 1
+            image = state.cut.given if ids is None else ids == self.config.image_token_id
+            if image is None:
+                raise PromptError("a prompt of embeddings does not say which tokens are images. Pass input_ids.")
+            state.cut.start(image, looks.to(tokens.device), mask)
+        if state.images is not None and ids is not None:
+            kwargs["inputs_embeds"] = embed_images(self, ids, state.images)
+            kwargs["input_ids"] = kwargs["pixel_values"] = None
 
     def _give_cache(self, kwargs: dict[str, Any], state: RequestState) -> None:
         """Make the request's own cache where the host would make an ordinary one, and refuse any other."""

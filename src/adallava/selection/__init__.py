@@ -9,6 +9,7 @@ Names are registered with lazy targets, so that listing them does not import tor
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,33 @@ SELECTORS.register("prumerge+", "adallava.selection.prumerge:PruMergePlus")
 SELECTORS.register("fastv", "adallava.selection.fastv:FastV")
 SELECTORS.register("random", "adallava.selection.baselines:Random")
 SELECTORS.register("uniform", "adallava.selection.baselines:Uniform")
+
+
+def parse_selector(text: str) -> TowerSelector | DecoderSelector:
+    """Build a selector from text, "name" or "name:setting=value,...", such as "fastv:layer=3,ratio=0.75".
+
+    Raises ``UnknownNameError`` for an unknown name and ``ConfigError`` for settings that cannot be read or are wrong.
+    """
+    name, _, rest = text.partition(":")
+    settings = {}
+    for pair in rest.split(",") if rest else []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{text!r} has {pair!r} where a setting=value was expected, as in 'fastv:ratio=0.75'.")
+        try:
+            settings[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise ConfigError(
+                f"{text!r}: {value!r} is no value for {key.strip()}, expected a number or True."
+            ) from error
+    return selector(name.strip(), **settings)
+
+
+def describe_selector(chosen: TowerSelector | DecoderSelector) -> str:
+    """Inverse of ``parse_selector``: the name, and the settings that differ from the defaults."""
+    settings = {f.name: (getattr(chosen, f.name), f.default) for f in dataclasses.fields(chosen)}
+    changed = ",".join(f"{name}={value!r}" for name, (value, default) in settings.items() if value != default)
+    return f"{chosen.name}:{changed}" if changed else chosen.name
 
 
 def selector(name: str, /, **settings: Any) -> TowerSelector | DecoderSelector:

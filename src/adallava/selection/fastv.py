@@ -89,14 +89,19 @@ def keep_mask(attention: Tensor, image: Tensor, count: Tensor) -> Tensor:
 
 
 def last_query_attention(
-    query: Tensor, key: Tensor, mask: Tensor | None = None, *, scaling: float | None = None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention probabilities of one token per row, [B, H, T] in float32 or wider; memory grows with T, not T².
 
     query: [B, H, D], of the token that looks, after rotary embedding.
     key: [B, Hkv, T, D], likewise; each key head serves H / Hkv adjacent query heads, as in grouped-query attention.
     mask: [B, T], what the token may see: bool or whole numbers (nonzero: may), or floats that are added to the scores.
-    scaling: factor of the scores, D ** -0.5 when None.
+    scaling: factor of the scores, D ** -0.5 when None. softcap: bound of the scores (Gemma 2), none when None.
     """
     batch, heads, width = query.shape
     key_heads, tokens = key.shape[1], key.shape[2]
@@ -113,6 +118,8 @@ def last_query_attention(
         grouped = wide(query).view(batch, key_heads, heads // key_heads, width)
         scores = (grouped @ wide(key).mT).flatten(1, 2)  # [B, H, T]
     scores = scores * (width**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
     if mask is not None and mask.is_floating_point():
         scores = scores + mask[:, None].to(scores.dtype)
     elif mask is not None:
