@@ -27,7 +27,7 @@ from adallava.hosts.cut import TokenCut
 from adallava.hosts.inputs import insert_latency_slot, slot_id
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
-from adallava.hosts.switch import attach, detach
+from adallava.hosts.switch import attach, detach, is_attached
 from adallava.hosts.visual import Selector, as_selector, check_selector, select_images
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.scheduler import Mode, Scheduler
@@ -53,15 +53,15 @@ class AdaptiveVLM(nn.Module):
     def __init__(
         self, model: nn.Module, processor: Any, config: AdaptiveConfig | None = None, scheduler: Scheduler | None = None
     ) -> None:
-        """Attach ``config`` to ``model`` in place; without a config the model runs whole, at 100 %."""
+        """Attach ``config`` to ``model`` in place; without a config the model stays as it is and runs at 100 %."""
         super().__init__()
         architecture_of(model)
         if config is None and scheduler is not None:
             raise ConfigError("a scheduler was passed without a config. Pass scheduler.config as config.")
         self.processor, self.adaptive_config = processor, config
         self.mode: Mode = "learned"
-        attach(model, config)
         if config is not None:
+            attach(model, config)
             scheduler = scheduler or Scheduler(config)
             reference = next(model.parameters())
             scheduler.to(device=reference.device, dtype=reference.dtype)
@@ -71,7 +71,8 @@ class AdaptiveVLM(nn.Module):
         try:
             self.token_selection = config.token_selection if config is not None else "none"
         except AdaLlavaError:
-            detach(model)
+            if config is not None:
+                detach(model)
             raise
 
     @classmethod
@@ -99,7 +100,8 @@ class AdaptiveVLM(nn.Module):
 
     def detach(self) -> nn.Module:
         """Give the base model back as it was; this object cannot be used afterwards."""
-        detach(self.model)
+        if is_attached(self.model):
+            detach(self.model)
         model, self.model, self.scheduler, self.adaptive_config = self.model, None, None, None
         return model
 
@@ -119,6 +121,8 @@ class AdaptiveVLM(nn.Module):
     def _selector(self, chosen: str | Selector) -> Selector:
         selector = as_selector(chosen)
         check_selector(self.model, selector, self.adaptive_config.prefix_layers if self.adaptive_config else None)
+        if selector.name != "none" and not is_attached(self.model):
+            attach(self.model, None)  # a base model that drops tokens needs the layers for it, and no more
         return selector
 
     # -- facts ------------------------------------------------------------------------------------------------------
