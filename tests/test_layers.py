@@ -27,7 +27,7 @@ MAY_IMPORT = {
 }
 # The package's __init__ names everything lazily; only its version may be imported from elsewhere.
 TOP = "__init__"
-MAY_SAY_TRANSFORMERS = {"hosts", "data", "training", "evaluation", "mini", "parity"}
+MAY_SAY_TRANSFORMERS = {"hosts", "data", "training", "evaluation", "bench", "mini", "parity"}
 WITHOUT_TORCH = {"config", "budget", "registry", "results", "errors", TOP}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

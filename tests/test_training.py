@@ -83,6 +83,10 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     assert (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns == stamp, "a finished stage is not repeated"
     recipe.run("mini-shallow", tmp_path, scale)
     assert AdaptiveVLM.from_pretrained(tmp_path / "mini-shallow").spec.num_layers == recipe.PREFIX_LAYERS
+    recipe.run("mini-selection", tmp_path, scale)
+    for name in ("mini-L-prumerge", "mini-L-prumerge+", "mini-H-prumerge", "mini-H-prumerge+", "mini-L-fastv"):
+        vlm = AdaptiveVLM.from_pretrained(tmp_path / name)
+        assert (vlm.adaptive_config.variant, vlm.token_selection.name) == tuple(name.split("-")[1:])
     for name, variant in (("mini-L", "L"), ("mini-H", "H")):
         recipe.export(tmp_path / name, tmp_path / "shipped" / name)
         vlm = AdaptiveVLM.from_pretrained(tmp_path / "shipped" / name)

@@ -116,6 +116,24 @@ def train(
 
 
 @app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="selection: prefill time over the visual tokens kept.")],
+    model: Annotated[str, typer.Option(help="Random weights in the shape of: tiny, mid, llava-1.5-7b.")] = "mid",
+    rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (in bfloat16).")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Draws weights, inputs and order.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New JSON file for the result rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure times on this machine, side by side in one process."""
+    from adallava.bench import BenchSettings
+    from adallava.cli.bench import bench as command
+
+    command(name, BenchSettings(model, rounds, threads, device, seed), out, as_json)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder or hub id.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],

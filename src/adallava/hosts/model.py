@@ -172,8 +172,11 @@ class AdaptiveVLM(nn.Module):
     # -- training and raw forwards ----------------------------------------------------------------------------------
 
     def request_state(self, k: Tensor, **kwargs: Any) -> RequestState:
-        """The state of a request with k switches per row, int64 [B]; kwargs as of ``RequestState``."""
-        if self.scheduler is None:
+        """The state of a request with k switches per row, int64 [B]; kwargs as of ``RequestState``.
+
+        A base model has no switches (k is 0), and needs a state only to select tokens.
+        """
+        if self.scheduler is None and self.token_selection.name == "none":
             raise ConfigError("this is a base model, which has no switches. Make it adaptive with AdaptiveVLM.adapt.")
         return self._state(self.token_selection, k, **kwargs)
 

@@ -6,8 +6,9 @@
     adaptive   L or H from the base model, with a random budget for every sample
 
 Two controls answer two questions. ``mini-shallow``, the base recipe at the prefix depth: does depth matter?
-``mini-L-random``, the adaptive stage under random plans (the paper's Fig. D): does the scheduler? Every stage writes
-into a folder of its own, is skipped where its result is there already, and continues where it was stopped.
+``mini-L-random``, the adaptive stage under random plans (the paper's Fig. D): does the scheduler? The ``selection``
+recipes repeat the adaptive stage under token selection (the paper's Table B, lower half). Every stage writes into a
+folder of its own, is skipped where its result is there already, and continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPModel, LlavaForConditionalGeneration, TrainerCallback
@@ -38,7 +40,7 @@ TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup
 CAPTIONS = TrainConfig(
     steps=800, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
 )
-QUESTIONS = TrainConfig(steps=3000, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
+QUESTIONS = TrainConfig(steps=4000, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
 QUESTIONS_PER_SCENE = 10
 # In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
 ADAPTIVE = TrainConfig(
@@ -126,14 +128,22 @@ def train_base(output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks
 
 
 def train_adaptive(
-    base: Path, output: Path, variant: str, mode: Mode = "learned", scale: float = 1.0, callbacks: Callbacks = None
+    base: Path,
+    output: Path,
+    variant: str,
+    mode: Mode = "learned",
+    token_selection: str = "none",
+    scale: float = 1.0,
+    callbacks: Callbacks = None,
 ) -> Path:
     """The adaptive stage from the base model in ``base``; mode "random" trains under random plans."""
     if (output / CONFIG_FILE).exists():
         return output
     torch.manual_seed(3)
     model, processor = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), build_processor()
-    fields = {"heads_per_switch": HEADS_PER_SWITCH} if variant == "H" else {}
+    fields: dict[str, Any] = {"token_selection": token_selection}
+    if variant == "H":
+        fields["heads_per_switch"] = HEADS_PER_SWITCH
     vlm = AdaptiveVLM.adapt(model, processor, variant=variant, prefix_layers=PREFIX_LAYERS, **fields)
     vlm.mode = mode
     config = scaled(ADAPTIVE, scale)
@@ -152,18 +162,21 @@ def _shallow(output: Path, scale: float, callbacks: Callbacks) -> Path:
     return train_base(output, PREFIX_LAYERS, scale, callbacks)
 
 
-def _adaptive(name: str, variant: str, mode: Mode = "learned") -> Callable[..., Path]:
+def _adaptive(name: str, variant: str, mode: Mode = "learned", token_selection: str = "none") -> Callable[..., Path]:
     def train(output: Path, scale: float, callbacks: Callbacks) -> Path:
         base = train_base(output, LAYERS, scale, callbacks)
-        return train_adaptive(base, output / name, variant, mode, scale, callbacks)
+        return train_adaptive(base, output / name, variant, mode, token_selection, scale, callbacks)
 
     return train
 
 
-def _all(output: Path, scale: float, callbacks: Callbacks) -> Path:
-    for name in ("mini-base", "mini-L", "mini-H"):
-        RECIPES[name].train(output, scale, callbacks)
-    return output
+def _several(*names: str) -> Callable[..., Path]:
+    def train(output: Path, scale: float, callbacks: Callbacks) -> Path:
+        for name in names:
+            RECIPES[name].train(output, scale, callbacks)
+        return output
+
+    return train
 
 
 @dataclass(frozen=True)
@@ -174,13 +187,23 @@ class Recipe:
     train: Callable[..., Path]
 
 
+# FastV needs no training; one model is trained under it to see the difference.
+_SELECTION = {
+    f"mini-{variant}-{name}": (variant, name)
+    for variant, name in (("L", "prumerge"), ("L", "prumerge+"), ("H", "prumerge"), ("H", "prumerge+"), ("L", "fastv"))
+}
 RECIPES = {
-    "mini": Recipe("the base model, then L and H: what the package ships", _all),
+    "mini": Recipe("the base model, then L and H: what the package ships", _several("mini-base", "mini-L", "mini-H")),
     "mini-base": Recipe("the base model: tower, captions, questions", _base),
     "mini-L": Recipe("AdaLLaVA-L from the base model", _adaptive("mini-L", "L")),
     "mini-H": Recipe("AdaLLaVA-H from the base model", _adaptive("mini-H", "H")),
     "mini-L-random": Recipe("control: the L stage under random plans", _adaptive("mini-L-random", "L", "random")),
     "mini-shallow": Recipe("control: the base recipe with only the prefix depth", _shallow),
+    "mini-selection": Recipe("all stages under token selection", _several(*_SELECTION)),
+    **{
+        name: Recipe(f"AdaLLaVA-{variant} under {chosen}", _adaptive(name, variant, "learned", chosen))
+        for name, (variant, chosen) in _SELECTION.items()
+    },
 }
 
 

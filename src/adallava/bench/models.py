@@ -1,0 +1,57 @@
+"""Models with random weights and real shapes, to measure time without a download: time does not depend on weights."""
+
+from __future__ import annotations
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from adallava.errors import ConfigError, did_you_mean
+
+# Layers, width, neurons, heads, words; then of the tower: layers, width, neurons, heads, patches per side.
+SHAPES = {
+    "tiny": ((4, 64, 160, 4, 256), (2, 32, 64, 4, 6)),
+    "mid": ((16, 1024, 2752, 16, 4096), (4, 256, 1024, 4, 24)),
+    "llava-1.5-7b": ((32, 4096, 11008, 32, 32064), (24, 1024, 4096, 16, 24)),
+}
+_PATCH = 14
+
+
+def random_llava(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+    """A LLaVA with a Llama decoder, a CLIP tower and random weights; ``ConfigError`` lists the names there are."""
+    if name not in SHAPES:
+        raise ConfigError(f"there is no model {name!r}; known: {', '.join(SHAPES)}.{did_you_mean(name, SHAPES)}")
+    (layers, width, neurons, heads, words), (deep, wide, inner, looking, side) = SHAPES[name]
+    text = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=neurons,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=words,
+        max_position_embeddings=4096,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=wide,
+        intermediate_size=inner,
+        num_hidden_layers=deep,
+        num_attention_heads=looking,
+        image_size=side * _PATCH,
+        patch_size=_PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_id=words - 1, image_seq_length=side**2
+    )
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config)
+    return model.to(dtype).eval()
+
+
+def random_prompt(model: LlavaForConditionalGeneration, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """One image and ``text_tokens`` words of noise, as model inputs of batch 1."""
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    words = torch.randint(config.text_config.vocab_size - 1, (1, text_tokens), generator=generator)
+    image = torch.full((1, config.image_seq_length), config.image_token_id)
+    ids = torch.cat((words[:, :5], image, words[:, 5:]), 1)
+    size = config.vision_config.image_size
+    pixels = torch.rand(1, 3, size, size, generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(model.dtype)}
+    return {name: value.to(model.device) for name, value in inputs.items()}

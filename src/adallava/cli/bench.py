@@ -1,0 +1,48 @@
+"""``adallava bench``: run a benchmark, show its rows, keep them in a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from adallava.bench import BENCHMARKS, BenchSettings
+from adallava.results import ResultRow, write_json
+
+_FILE_WIDTH = 120
+
+
+def bench(name: str, settings: BenchSettings, out: Path | None, as_json: bool) -> None:
+    """Run benchmark ``name`` and print its rows; see ``adallava bench --help``."""
+    measure = BENCHMARKS.get(name)
+    if out is not None and out.exists():
+        write_json(out, [])  # says that result files are kept, before anything is measured
+    rows = measure(settings)
+    if out is not None:
+        write_json(out, rows)
+    if as_json:
+        print(json.dumps([row.to_dict() for row in rows], indent=2))
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = _FILE_WIDTH
+        console.print(table(rows))
+
+
+def table(rows: list[ResultRow]) -> Table:
+    """One line per row: what varies of its config, and its numbers; lists of single measurements are left out."""
+    varying = [key for key in rows[0].config if len({str(row.config[key]) for row in rows}) > 1]
+    numbers = [key for key, value in rows[0].metrics.items() if isinstance(value, int | float)]
+    made = Table(box=None, header_style="dim", pad_edge=False)
+    for key in (*varying, *numbers):
+        made.add_column(key.replace("_", " "), justify="left" if key in varying else "right", no_wrap=key in varying)
+    for row in rows:
+        told = (row.metrics[key] for key in numbers)
+        made.add_row(*(str(row.config[key]) for key in varying), *(_number(value) for value in told))
+    return made
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}" if value < 10 else f"{value:.1f}"
