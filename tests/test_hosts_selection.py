@@ -272,6 +272,14 @@ def test_flash_masks_are_two_dimensional():
     assert made.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
 
 
+def test_flash_attention_and_sliding_windows():
+    vlm = tiny_vlm("llava-mistral")
+    vlm.token_selection = FASTV
+    vlm.model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="counts a sliding window in tokens"):
+        vlm(**inputs_of(vlm, "how many ?"))
+
+
 # -- before the decoder ------------------------------------------------------------------------------------------------
 
 

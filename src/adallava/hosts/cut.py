@@ -99,8 +99,7 @@ class TokenCut:
         self._prompt = hidden.shape[1]
         # Without a cache the answer so far is part of the prompt; it stays.
         keep = torch.nn.functional.pad(self.keep, (0, self._prompt - self.keep.shape[1]), value=True)
-        counts = keep.sum(1)
-        least, width = int(counts.min()), int(counts.max())
+        least, width = torch.stack(keep.sum(1).aminmax()).tolist()  # one wait for the device in a request
         self._ragged = least < width
         self._order = keep.byte().sort(dim=1, stable=True).indices[:, -width:]
         self._stays = keep.gather(1, self._order)

@@ -136,6 +136,12 @@ class AdaptiveTop:
         batch, length = tokens.shape[:2]
         state.expand(batch)
         if state.cut is not None:
+            text = self.config.get_text_config()
+            if "flash" in text._attn_implementation and getattr(text, "sliding_window", None) is not None:
+                raise ConfigError(
+                    "flash attention counts a sliding window in tokens, not in positions, so it cannot run behind "
+                    "dropped tokens. Load the model with attn_implementation='sdpa'."
+                )
             looks = state.latency_index
             if looks is None:
                 looks = latency_position(batch, length, mask, kwargs.get("labels")) - 1
