@@ -70,6 +70,16 @@ def test_training_under_random_plans_leaves_the_scheduler_alone(tmp_path):
     assert not torch.equal(vlm.scheduler.state_dict()[encoder], before[encoder]), "the latency token still learns"
 
 
+def test_the_schedulers_head_has_a_rate_of_its_own(tmp_path):
+    before = tiny_vlm().scheduler.state_dict()
+    encoder = "latency_encoder.net.3.weight"
+    for rate, still in ((0.0, True), (1e-3, False), (None, False)):
+        config = replace(CONFIG, steps=2, muon_learning_rate=3e-3, head_learning_rate=rate)
+        _, vlm = train("L", tmp_path / str(rate), config=config)
+        assert torch.equal(vlm.scheduler.head.weight, before["head.weight"]) == still
+        assert not torch.equal(vlm.scheduler.state_dict()[encoder], before[encoder])
+
+
 def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "TOWER", replace(recipe.TOWER, batch_size=6))
     for stage in ("CAPTIONS", "QUESTIONS", "ADAPTIVE"):

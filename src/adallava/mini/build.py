@@ -121,13 +121,18 @@ def clip_config(tokenizer: Any) -> CLIPConfig:
 
 
 def llava_config(tokenizer: Any, layers: int = 12) -> LlavaConfig:
-    """The mini LLaVA: 5-layer CLIP tower, 64 visual tokens, a Llama decoder of ``layers`` x 128."""
+    """The mini LLaVA: 5-layer CLIP tower, 64 visual tokens, a Llama decoder of ``layers`` narrow layers of width 128.
+
+    A layer reads and writes half of the residual stream's width at most: with whole-width layers half of them do all
+    that these questions ask for, and nothing is left to choose (docs/LOG.md).
+    """
     text = LlamaConfig(
         hidden_size=128,
-        intermediate_size=320,
+        intermediate_size=64,
         num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
         max_position_embeddings=512,
         tie_word_embeddings=False,
         # transformers' 0.02 is for wide models; at this width training starts far too slowly (docs/LOG.md).

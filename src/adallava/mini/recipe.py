@@ -38,16 +38,22 @@ PREFIX_LAYERS = LAYERS // 2
 TWINS = len(KINDS)
 TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05, in_order=True)
 CAPTIONS = TrainConfig(
-    steps=800, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
+    steps=600, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
 )
 QUESTIONS = TrainConfig(steps=4000, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
 QUESTIONS_PER_SCENE = 10
 # In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
 ADAPTIVE = TrainConfig(
-    steps=1600, batch_size=32, learning_rate=8e-4, muon_learning_rate=2e-3, warmup_frac=0.05, in_order=True
+    steps=1600,
+    batch_size=32,
+    learning_rate=8e-4,
+    muon_learning_rate=2e-3,
+    head_learning_rate=4e-5,
+    warmup_frac=0.05,
+    in_order=True,
 )
 ADAPTIVE_QUESTIONS = 3
-HEADS_PER_SWITCH = 2
+HEADS_PER_SWITCH = 1
 
 Callbacks = list[TrainerCallback] | None
 
@@ -79,6 +85,14 @@ def train_tower(output: Path, scale: float = 1.0, callbacks: Callbacks = None) -
     return model
 
 
+@torch.no_grad()
+def _silence(model: LlavaForConditionalGeneration) -> None:
+    """Let every layer start by adding nothing: otherwise deep models of this size learn slower than shallow ones."""
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
 def train_language(
     model: LlavaForConditionalGeneration,
     output: Path,
@@ -105,6 +119,7 @@ def train_base(output: Path, layers: int = LAYERS, scale: float = 1.0, callbacks
     name = "mini-base" if layers == LAYERS else "mini-shallow"
     torch.manual_seed(1)
     model = LlavaForConditionalGeneration(llava_config(build_processor().tokenizer, layers))
+    _silence(model)
     model.model.vision_tower.load_state_dict(tower.vision_model.state_dict())
     captions, questions = scaled(CAPTIONS, scale), scaled(QUESTIONS, scale)
     model = train_language(

@@ -42,7 +42,9 @@ class TrainConfig:
     """Settings of one stage.
 
     ``in_order`` takes samples as the data set gives them instead of shuffling it. ``muon_learning_rate`` trains the
-    layers' matrices with Muon at that peak rate, and the rest with AdamW at ``learning_rate``.
+    layers' matrices with Muon at that peak rate, and the rest with AdamW at ``learning_rate``; then
+    ``head_learning_rate`` is that of the scheduler's head. The head reads a residual stream without a norm, whose size
+    makes large steps of small ones: at the rate of the rest its choice is settled before anything was compared.
     """
 
     steps: int
@@ -59,6 +61,7 @@ class TrainConfig:
     bf16: bool = False
     in_order: bool = False
     muon_learning_rate: float | None = None
+    head_learning_rate: float | None = None
 
     def to_arguments(self, output: Path) -> TrainingArguments:
         """The equivalent ``TrainingArguments``."""
@@ -140,6 +143,7 @@ class _MuonTrainer(Trainer):
     """A Trainer whose optimizer is ``MuonAdamW``."""
 
     muon_learning_rate: float | None
+    head_learning_rate: float | None
     optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -147,7 +151,12 @@ class _MuonTrainer(Trainer):
         if self.optimizer is None and self.muon_learning_rate is not None:
             args = self.args
             self.optimizer = MuonAdamW(
-                self.model, self.muon_learning_rate, args.learning_rate, args.adam_beta2, args.weight_decay
+                self.model,
+                self.muon_learning_rate,
+                args.learning_rate,
+                args.adam_beta2,
+                args.weight_decay,
+                self.head_learning_rate,
             )
         return self.optimizer
 
@@ -191,6 +200,7 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries to stdout; callers bring their own progress
     if isinstance(trainer, _MuonTrainer):
         trainer.muon_learning_rate = config.muon_learning_rate
+        trainer.head_learning_rate = config.head_learning_rate
     checkpoints = output / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     if last is not None:
