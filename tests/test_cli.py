@@ -1,11 +1,14 @@
 """The command line from outside: what it prints, where, and with which exit status."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -13,10 +16,12 @@ from adallava import __version__
 from adallava.cli import demo as demo_module
 from adallava.cli.group import Commands
 from adallava.cli.main import app
+from adallava.cli.sweep import print_tables, split_selections
 from adallava.evaluation import sweep as sweep_module
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES
 from adallava.mini.scenes import sample_scene, to_image
+from adallava.results import read_rows
 from tiny import processor, tiny_base, tiny_vlm
 
 QUESTION = "what number is red ?"
@@ -153,6 +158,50 @@ def test_run_with_a_base_model_several_images_or_none(root):
     assert two["prompt_tokens"] == one["prompt_tokens"] + 64
     none = json.loads(ask(root, "--json", image="none").stdout)
     assert none["prompt_tokens"] == one["prompt_tokens"] - 64
+
+
+@pytest.mark.parametrize(("model", "latency"), [("L", 1), ("base", 0)])
+def test_run_with_a_token_selection(root, model, latency):
+    chosen = ["--token-selection", "fastv:rank=10"]
+    told, whole = (json.loads(ask(root, "--json", *more, model=model).stdout) for more in (chosen, []))
+    prompt = whole["prompt_tokens"]
+    assert (told["token_selection"], told["prompt_tokens"]) == ("fastv:rank=10", prompt)
+    assert told["layer_tokens"] == [prompt + latency] * 2 + [prompt - 54 + latency] * 4
+    assert (whole["token_selection"], whole["layer_tokens"]) == ("none", [prompt + latency] * 6)
+    assert told["flops_frac"] < whole["flops_frac"] == 1
+    printed = " ".join(ask(root, *chosen, model=model).stdout.split())
+    assert f"visual tokens fastv:rank=10, {prompt - 54} of {prompt} prompt tokens kept, from layer 2 on" in printed
+
+
+def test_run_tells_of_a_token_selection_only_where_there_is_one(root, tmp_path):
+    assert "visual tokens" not in ask(root).stdout
+    vlm = AdaptiveVLM.from_pretrained(root / "L", token_selection="uniform:count=5")
+    vlm.save_pretrained(tmp_path / "own")
+    command = ("run", root / "scene.png", QUESTION, "--model", tmp_path / "own", "--max-new-tokens", 1)
+    printed = " ".join(call(*command).stdout.split())
+    assert "uniform:count=5, 13 of 72 prompt tokens kept FLOPs" in printed
+    assert "visual tokens" not in call(*command, "--token-selection", "none").stdout
+    printed = " ".join(ask(root, "--token-selection", "prumerge", image="none").stdout.split())
+    assert "visual tokens prumerge, all 8 prompt tokens kept" in printed
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ("fastvv", ["unknown token selector 'fastvv'", "Did you mean 'fastv'?"]),
+        ("random", ["random needs either count or ratio"]),
+        ("fastv:0.5", ["'0.5'", "setting=value"]),
+        ("fastv:layr=3", ["no setting 'layr'", "Did you mean 'layer'?"]),
+        ("", ["unknown token selector ''"]),
+    ],
+)
+def test_bad_token_selections_are_told_before_a_model_is_loaded(root, chosen, words, monkeypatch):
+    monkeypatch.setattr(AdaptiveVLM, "from_pretrained", None)
+    assert_error(ask(root, "--token-selection", chosen), *words)
+
+
+def test_a_token_selection_that_the_model_refuses(root):
+    assert_error(ask(root, "--token-selection", "fastv:layer=4"), "fastv:layer=4", "first 3 layers only", "1 to 3")
 
 
 def test_words_that_the_model_does_not_know(root):
@@ -321,6 +370,45 @@ def test_sweep_table_and_restart(root, tmp_path, monkeypatch):
     assert_error(call(*command, "--seed", 1), "seed 0", "seed 1")
 
 
+def test_sweep_over_token_selections(root, tmp_path):
+    command = ["sweep", root / "base", root / "L", "--budgets", "67%", "--limit", 1, "--out", tmp_path / "rows.jsonl"]
+    command += ["--token-selection", "none,fastv:layer=3,rank=9", "--token-selection", "uniform:count=5"]
+    result = call(*command)
+    assert result.exit_code == 0, result.stderr
+    accuracy, plans = result.stdout.split("Plans of all tasks")
+    for table in (accuracy, plans):
+        assert "tokens" in table
+        for chosen in ("none", "fastv:layer=3,rank=9", "uniform:count=5"):
+            assert table.count(chosen) == 2
+    rows = [row for row in json.loads(call(*command, "--json").stdout) if row["task"] == "mean"]
+    assert [row["token_selection"] for row in rows] == ["none", "fastv:layer=3,rank=9", "uniform:count=5"] * 2
+    for row in rows:
+        assert f" {row['last_layer_tokens']:.0f} of {row['prompt_tokens']:.0f} " in plans
+    assert rows[2]["last_layer_tokens"] == rows[2]["prompt_tokens"] - 59
+    assert "base 100% uniform:count=5 mean: " in result.stderr
+    assert "base 100% mean: " in result.stderr
+    narrow = io.StringIO()
+    print_tables(read_rows(tmp_path / "rows.jsonl"), Console(file=narrow, width=80))
+    numbers = re.compile(r"[0-9]+\.[0-9]%?|[0-9]+ of [0-9]+")
+    assert numbers.findall(narrow.getvalue()) == numbers.findall(result.stdout)  # none is folded
+    assert narrow.getvalue().count("uniform:count=5") == 4
+    plain = call(*command[:-4]).stdout
+    assert "tokens" not in plain and " of " not in plain.split("Plans of all tasks")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("none", ["none"]),
+        (" prumerge+ , fastv", ["prumerge+", "fastv"]),
+        ("fastv:layer=3,ratio=0.75,none", ["fastv:layer=3,ratio=0.75", "none"]),
+        ("none,fastv:layer=3, ratio=0.75,random:count=4", ["none", "fastv:layer=3,ratio=0.75", "random:count=4"]),
+    ],
+)
+def test_lists_of_token_selections(text, parts):
+    assert split_selections(text) == parts
+
+
 def test_sweep_tells_of_failed_samples(root, monkeypatch):
     real = AdaptiveVLM.generate_batch
 
@@ -343,6 +431,12 @@ def test_sweep_tells_of_failed_samples(root, monkeypatch):
         (["--budgets", "67%,nan"], ["'nan' is not a budget"]),
         (["--budgets", "30%"], ["minimum", "50%"]),
         (["--mode", "lerned"], ["Did you mean 'learned'?"]),
+        (["--token-selection", "none,fastvv"], ["Did you mean 'fastv'?"]),
+        (["--token-selection", "none,,fastv"], ["'none,,fastv'", "empty entry"]),
+        (["--token-selection", ""], ["empty entry"]),
+        (["--token-selection", "fastv,layer=3"], ["'layer=3'", "after a selection and a colon"]),
+        (["--token-selection", "ratio=0.5"], ["'ratio=0.5'", "after a selection and a colon"]),
+        (["--token-selection", "fastv:layer=4"], ["L: ", "first 3 layers only"]),
     ],
 )
 def test_sweep_bad_input(root, arguments, words):
@@ -355,8 +449,6 @@ def test_an_unwritable_file(root):
 
 @pytest.mark.parametrize("size", [(72, 72), (10, 200)])
 def test_picture_in_the_terminal(size):
-    from rich.console import Console
-
     from adallava.cli.show import picture_text
 
     image = Image.new("RGB", size, "red")

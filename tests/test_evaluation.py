@@ -15,6 +15,7 @@ from adallava.evaluation.plans import PlanCounts
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES, benchmark
 from adallava.plan import ExecutionPlan
+from adallava.selection.baselines import Random
 from tiny import processor, tiny_base, tiny_vlm
 
 
@@ -78,6 +79,33 @@ def test_a_base_model_has_no_plans():
     assert run.flops_fracs == [1, 1, 1]
 
 
+def test_tokens_are_counted_without_the_latency_token(vlm):
+    base = AdaptiveVLM(tiny_base(), processor())
+    chosen = dataclasses.replace(settings(limit=3), token_selection="fastv:rank=10")
+    some = run_task(vlm, chosen)
+    same = run_task(base, dataclasses.replace(chosen, budget=Budget.parse(1), mode=None))
+    assert some.prompt_tokens == same.prompt_tokens
+    assert some.last_layer_tokens == same.last_layer_tokens == [n - 64 + 10 for n in some.prompt_tokens]
+    whole = run_task(vlm, settings(limit=3))
+    assert whole.last_layer_tokens == whole.prompt_tokens == some.prompt_tokens
+    assert max(some.flops_fracs) < min(whole.flops_fracs)
+
+
+def test_random_tokens_depend_on_the_picture_alone(vlm, monkeypatch):
+    drawn, real = [], Random.select
+
+    def select(self, patches, generators=None):
+        selected = real(self, patches, generators)
+        drawn.extend(tuple(indices.tolist()) for indices in selected.indices)
+        return selected
+
+    monkeypatch.setattr(Random, "select", select)
+    for size in (6, 1, 4):
+        run_task(vlm, dataclasses.replace(settings(batch_size=size), token_selection="random:count=9"))
+    assert drawn[:6] == drawn[6:12] == drawn[12:]
+    assert len(set(drawn)) == 6
+
+
 def test_a_failed_sample_is_counted_and_named(vlm, monkeypatch):
     broken = [item.question.text for item in benchmark("open", 0, 6)][4]
     real = vlm.generate_batch
@@ -93,6 +121,7 @@ def test_a_failed_sample_is_counted_and_named(vlm, monkeypatch):
     assert run.failures == ["RuntimeError: out of memory"]
     assert run.scores == [*expected.scores[:4], 0, *expected.scores[5:]]
     assert len(run.flops_fracs) == run.plans.counts.total() == 5
+    assert len(run.prompt_tokens) == len(run.last_layer_tokens) == 5
 
 
 def test_a_broken_model_is_an_error_and_no_zero(vlm, monkeypatch):

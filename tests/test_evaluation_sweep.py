@@ -2,19 +2,26 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from adallava.budget import Budget, parse_budgets
-from adallava.errors import BudgetError, CheckpointError, ConfigError, ResultExistsError
+from adallava.errors import BudgetError, CheckpointError, ConfigError, ResultExistsError, UnknownNameError
+from adallava.evaluation import preflight as preflight_module
 from adallava.evaluation import sweep as sweep_module
+from adallava.evaluation.preflight import preflight
+from adallava.evaluation.store import Key, RowStore
 from adallava.evaluation.sweep import Listener, SweepSettings, flat, labels, sweep
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES
-from adallava.results import read_rows
+from adallava.results import append_jsonl, read_rows
+from released import llava_config
 from tiny import processor, tiny_base, tiny_vlm
 
 TASKS = [*FAMILIES, "mean"]
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "mini-sweep-seed1.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +39,7 @@ def counted(monkeypatch):
     asked, real = [], sweep_module.run_task
 
     def run_task(vlm, settings, on_batch=None):
-        asked.append((settings.task, str(settings.budget), settings.mode))
+        asked.append((settings.task, str(settings.budget), settings.mode, settings.token_selection))
         return real(vlm, settings, on_batch)
 
     monkeypatch.setattr(sweep_module, "run_task", run_task)
@@ -126,6 +133,100 @@ def test_a_stopped_sweep_goes_on(folders, tmp_path, counted, monkeypatch):
     assert counted == []
 
 
+# -- token selection --------------------------------------------------------------------------------------------------
+
+
+def test_every_model_runs_every_token_selection(folders):
+    listener, chosen = Note(), ("none", "uniform:count=5", "fastv:rank=9")
+    rows = sweep([str(folders / "base"), str(folders / "L")], settings("67%", token_selections=chosen), listener)
+    means = [row for row in rows if row.name == "mean"]
+    names = [(row.config["model"], row.config["budget"], row.config["token_selection"]) for row in means]
+    assert names == [(*run, selection) for run in (("base", "100%"), ("L", "67%")) for selection in chosen]
+    assert listener.totals[-1] == listener.questions == 6 * 6 * 2
+    for whole, uniform, inside in (means[:3], means[3:]):
+        prompt = whole.metrics["prompt_tokens"]
+        assert [row.metrics["prompt_tokens"] for row in (uniform, inside)] == [prompt] * 2
+        left = [row.metrics["last_layer_tokens"] for row in (whole, uniform, inside)]
+        assert left == pytest.approx([prompt, prompt - 64 + 5, prompt - 64 + 9])
+        assert uniform.metrics["flops_frac"] < inside.metrics["flops_frac"] < whole.metrics["flops_frac"]
+    tasks = [row.metrics["prompt_tokens"] for row in rows[:6]]
+    assert len(set(tasks)) > 1 and means[0].metrics["prompt_tokens"] == pytest.approx(sum(tasks) / 6)
+    assert {"token_selection", "prompt_tokens", "last_layer_tokens"} <= set(flat(rows[0]))
+
+
+def test_without_a_token_selection_each_model_has_its_own(tmp_path):
+    vlm = tiny_vlm()
+    vlm.token_selection = "uniform:count=5"
+    vlm.save_pretrained(tmp_path / "L")
+    own = sweep([str(tmp_path / "L")], settings("67%", limit=1))
+    assert {row.config["token_selection"] for row in own} == {"uniform:count=5"}
+    assert own[-1].metrics["last_layer_tokens"] == own[-1].metrics["prompt_tokens"] - 64 + 5
+    none = sweep([str(tmp_path / "L")], settings("67%", limit=1, token_selections=("none",)))
+    assert {row.config["token_selection"] for row in none} == {"none"}
+    assert none[-1].metrics["last_layer_tokens"] == none[-1].metrics["prompt_tokens"]
+
+
+def test_a_further_token_selection_runs_alone(folders, tmp_path, counted):
+    out, model = tmp_path / "rows.jsonl", str(folders / "L")
+    sweep([model], settings("67%", limit=1, out=out))
+    counted.clear()
+    both = sweep([model], settings("67%", limit=1, out=out, token_selections=("uniform:count=5", "none")))
+    assert counted == [(task, "67%", "learned", "uniform:count=5") for task in FAMILIES]
+    assert [row.config["token_selection"] for row in both] == ["uniform:count=5"] * 7 + ["none"] * 7
+    counted.clear()
+    again = sweep([model], settings("67%", limit=1, out=out, token_selections=("uniform:count=5", "none")))
+    assert counted == [] and bare(again) == bare(both)
+
+
+def test_rows_from_before_token_selection_kept_every_token(folders, tmp_path, counted):
+    out, model = tmp_path / "rows.jsonl", str(folders / "L")
+    new = sweep([model], settings("67%"))
+    for row in new[:4]:
+        config = {name: value for name, value in row.config.items() if name != "token_selection"}
+        metrics = {name: value for name, value in row.metrics.items() if not name.endswith("_tokens")}
+        append_jsonl(out, replace(row, config=config, metrics=metrics))
+    before = out.read_bytes()
+    counted.clear()
+    rows = sweep([model], settings("67%", out=out, token_selections=("none", "uniform:count=5")))
+    assert [task for task, *_, chosen in counted if chosen == "none"] == list(FAMILIES)[4:]
+    assert out.read_bytes().startswith(before)
+    assert bare(rows[4:6]) == bare(new[4:6])
+    for old, now in zip(rows[:4], new[:4], strict=True):
+        assert old.config == now.config
+        assert old.metrics == {**now.metrics, "prompt_tokens": None, "last_layer_tokens": None}
+    mean = {**new[6].metrics, "prompt_tokens": None, "last_layer_tokens": None}  # a mean of two tasks would mislead
+    assert (rows[6].metrics, rows[6].config) == (mean, new[6].config)
+
+
+def test_the_published_rows_are_read():
+    store = RowStore(PUBLISHED)
+    row = store.find(Key("mini-L", "60%", "random", "none", "mean"), {"seed": 1, "limit": 1000})
+    assert row.config["token_selection"] == "none" and 0.5 < row.metrics["accuracy"] < 0.6
+    assert store.find(Key("mini-L", "60%", "random", "fastv:ratio=0.5", "mean"), {}) is None
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["from the folder", "once it is loaded"])
+def test_a_token_selection_that_a_model_refuses(folders, counted, monkeypatch, seen):
+    if not seen:  # as for a hub id
+        monkeypatch.setattr(preflight_module, "_without_weights", lambda folder: None)
+    models = [str(folders / "base"), str(folders / "L")]
+    with pytest.raises(ConfigError, match="L: token selection 'fastv:layer=4,ratio=0.5' .* first 3 layers only"):
+        sweep(models, settings("67%", limit=1, token_selections=("fastv:layer=4",)))
+    assert {chosen for *_, chosen in counted} == (set() if seen else {"fastv:layer=4,ratio=0.5"})
+    assert len(counted) == (0 if seen else 6)  # the base model has such a layer
+
+
+def test_what_a_folder_does_not_tell_is_left_to_loading(tmp_path):
+    config = llava_config(64, 128, 40, 4, model_type="llava")  # transformers would take it for one of 32 layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert preflight(str(tmp_path), (), ("fastv:layer=36",)) is None
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "vision_config": {"model_type": "no such"}}')
+    assert preflight(str(tmp_path), (), ("fastv",)) is None
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("change", "match"), [({"seed": 1}, "seed 0.*seed 1"), ({"limit": 3}, "limit 2.*limit 3")])
 def test_rows_of_other_settings_are_not_mixed(folders, tmp_path, change, match):
     out = tmp_path / "rows.jsonl"
@@ -174,6 +275,15 @@ def test_settings():
         settings(modes=("randm",))
     with pytest.raises(ConfigError, match="no modes"):
         settings(modes=())
+    assert settings().token_selections is None
+    chosen = settings(token_selections=("fastv", "fastv:layer=2,ratio=0.5", "uniform: count = 5", "none"))
+    assert chosen.token_selections == ("fastv:ratio=0.5", "uniform:count=5", "none")
+    with pytest.raises(UnknownNameError, match="Did you mean 'fastv'"):
+        settings(token_selections=("none", "fastvv"))
+    with pytest.raises(ConfigError, match="needs either count or ratio"):
+        settings(token_selections=("random",))
+    with pytest.raises(ConfigError, match="no token_selections"):
+        settings(token_selections=())
 
 
 def test_labels(tmp_path):

@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_SELECTORS = "none, prumerge, prumerge+, fastv, random:ratio=0.25 or uniform:count=16"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 
@@ -44,19 +45,31 @@ def adallava(
 def run(
     image: Annotated[str, typer.Argument(help="Image file; 'none' to ask without an image.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    budget: Annotated[str, typer.Option(help="Share of the full model's compute: '60%', 0.6 or '3/5'.")] = "100%",
+    budget: Annotated[
+        str, typer.Option(help="Share of the full model's compute, '60%', or FLOPs of the prefill, '2 GFLOPs'.")
+    ] = "100%",
     model: Annotated[str, typer.Option(help="mini-L, mini-H, mini-base, a checkpoint folder or a hub id.")] = "mini-L",
     more_images: Annotated[
         list[str] | None, typer.Option("--image", help="A further image; may be given several times.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    token_selection: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Which visual tokens are kept: {_SELECTORS}; with settings: 'fastv:layer=3,ratio=0.75'.",
+            show_default="the model's own",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer one question about an image within a budget."""
+    from adallava.cli.run import RunOptions
     from adallava.cli.run import run as command
 
     images = [] if image == "none" and not Path(image).exists() else [image]
-    command([*images, *(more_images or [])], question, budget, model, max_new_tokens, as_json)
+    command(
+        RunOptions((*images, *(more_images or [])), question, budget, model, max_new_tokens, token_selection), as_json
+    )
 
 
 @app.command()
@@ -87,19 +100,29 @@ def sweep(
     mode: Annotated[
         str, typer.Option(help="Who decides the plans: learned, random, static; several with commas.")
     ] = "learned",
+    token_selection: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Which visual tokens are kept: {_SELECTORS}; several with commas, as the two in "
+            "'none,fastv:layer=3,ratio=0.75', or in several such options.",
+            show_default="each model's own",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 64,
     out: Annotated[
         Path | None, typer.Option(help="JSONL file that keeps each finished task; the same sweep goes on from it.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy at several budgets on the mini benchmark."""
+    """Measure accuracy at several budgets and token selections on the mini benchmark."""
     from adallava.budget import parse_budgets
+    from adallava.cli.sweep import split_selections
     from adallava.cli.sweep import sweep as command
     from adallava.evaluation.sweep import SweepSettings
 
     modes = tuple(part.strip() for part in mode.split(","))
-    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out)  # type: ignore[arg-type]
+    selections = tuple(part for text in token_selection for part in split_selections(text)) if token_selection else None
+    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out, selections)  # type: ignore[arg-type]
     command(models, settings, as_json)
 
 
@@ -160,6 +183,61 @@ def parity(
     from adallava.cli.parity import parity as command
 
     command(folder, as_json)
+
+
+@app.command()
+def cost(
+    model: Annotated[
+        str, typer.Argument(help="llava-1.5-7b, llava-1.5-13b, mipha-3b, mini-L ...; a config.json, folder or hub id.")
+    ],
+    budget: Annotated[str, typer.Option(help="A share, '60%', or FLOPs of the prefill, '5.1 TFLOPs'.")] = "100%",
+    variant: Annotated[
+        str | None,
+        typer.Option(help="L switches layers, H groups of heads.", show_default="the model's own, or L"),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens that enter the decoder, visual and latency tokens included.")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Text tokens, template included.", show_default="67, typical of MME")
+    ] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(help="Visual tokens that enter the decoder.", show_default="one image of this model"),
+    ] = None,
+    token_selection: Annotated[str, typer.Option(help=f"Which visual tokens are kept: {_SELECTORS}.")] = "none",
+    device: Annotated[
+        str, typer.Option(help="Device of the roofline times; an unknown one lists all.")
+    ] = "nvidia_V100",
+    batch: Annotated[int, typer.Option(help="Prompts that run together.")] = 1,
+    flash: Annotated[bool, typer.Option("--flash", help="Count attention as one fused operator.")] = False,
+    tensor_parallel: Annotated[int, typer.Option(help="Devices that share each layer; costs are per device.")] = 1,
+    with_vision: Annotated[bool, typer.Option("--with-vision", help="Show vision tower and projector too.")] = False,
+    convention: Annotated[
+        str, typer.Option(help="How FLOPs are counted: paper, or strict as a FLOP counter does.")
+    ] = "paper",
+    as_json: Json = False,
+) -> None:
+    """Compute what a budget costs: FLOPs, bytes, roofline time and memory, without weights or a device."""
+    from adallava.cli.cost import CostOptions
+    from adallava.cli.cost import cost as command
+    from adallava.cost import Setting
+
+    asked = CostOptions(
+        model, budget, variant, tokens, text_tokens, visual_tokens, token_selection, with_vision=with_vision
+    )
+    command(asked, Setting(device, batch, flash, tensor_parallel, convention), as_json)
+
+
+@app.command(name="table-b")
+def table_b(
+    costs: Annotated[bool, typer.Option("--costs", help="The FLOPs and prefill-time columns.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Set the paper's Table B beside what this package computes, cell by cell."""
+    from adallava.cli.table_b import print_table_b
+
+    print_table_b(costs, as_json)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -11,40 +11,59 @@ from rich.table import Table
 from rich.text import Text
 
 from adallava.budget import Budget
-from adallava.cli.show import check_question, drawing_of, plan_legend, plan_text, warn_unknown_words
+from adallava.cli.show import check_question, drawing_of, kept_text, plan_legend, plan_text, warn_unknown_words
 from adallava.errors import ConfigError
 from adallava.hosts.answer import Answer
 from adallava.hosts.images import load_image
 from adallava.hosts.model import AdaptiveVLM
 from adallava.plots.units import flops_text, ms_text, share_text
+from adallava.selection import describe_selector, parse_selector
 
 # The first request of a process is slow for reasons that have nothing to do with the budget. A quick one is asked
 # twice and the second time is told; a slow one is not worth the wait.
 _REPEAT_BELOW_MS = 3000
 
 
-def run(images: Sequence[str], question: str, budget: str, model: str, max_new_tokens: int, as_json: bool) -> None:
-    """Load ``model``, ask, and print the answer with plan, FLOPs and times; see ``adallava run --help``."""
-    allowed = Budget.parse(budget)  # before the model is loaded: a typing error is told at once
-    check_question(question)
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {max_new_tokens}, expected 1 or more.")
-    pictures = [load_image(image) for image in images]
-    vlm = AdaptiveVLM.from_pretrained(model)
-    options: dict[str, Any] = {"budget": allowed, "max_new_tokens": max_new_tokens, "do_sample": False}
-    answer = vlm.generate(pictures, question, **options)
+@dataclass(frozen=True)
+class RunOptions:
+    """What ``adallava run`` was asked for."""
+
+    images: tuple[str, ...]
+    question: str
+    budget: str
+    model: str
+    max_new_tokens: int
+    token_selection: str | None
+
+
+def run(asked: RunOptions, as_json: bool) -> None:
+    """Load the model, ask, and print the answer with plan, FLOPs and times; see ``adallava run --help``."""
+    allowed = Budget.parse(asked.budget)  # before the model is loaded: a typing error is told at once
+    check_question(asked.question)
+    if asked.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {asked.max_new_tokens}, expected 1 or more.")
+    if asked.token_selection is not None:
+        parse_selector(asked.token_selection)
+    pictures = [load_image(image) for image in asked.images]
+    vlm = AdaptiveVLM.from_pretrained(asked.model, token_selection=asked.token_selection)
+    options: dict[str, Any] = {"budget": allowed, "max_new_tokens": asked.max_new_tokens, "do_sample": False}
+    answer = vlm.generate(pictures, asked.question, **options)
     warm = answer.timing.total_ms < _REPEAT_BELOW_MS
     if warm:
-        answer = vlm.generate(pictures, question, **options)
-    warn_unknown_words(vlm, question, Console(stderr=True))
+        answer = vlm.generate(pictures, asked.question, **options)
+    warn_unknown_words(vlm, asked.question, Console(stderr=True))
     if as_json:
-        print(json.dumps(as_dict(model, answer, warm), indent=2))
+        print(json.dumps(as_dict(asked.model, vlm, answer, warm), indent=2))
     else:
         _show(vlm, answer, warm)
 
 
-def as_dict(model: str, answer: Answer, warm: bool) -> dict[str, Any]:
-    """Return an answer as plain data; FLOPs are of the prefill, ``plan`` is None for a base model."""
+def as_dict(model: str, vlm: AdaptiveVLM, answer: Answer, warm: bool) -> dict[str, Any]:
+    """Return an answer as plain data; FLOPs are of the prefill, ``plan`` is None for a base model.
+
+    "prompt_tokens" are those before any are dropped and without the latency token, "layer_tokens" those that each
+    layer processed, with it.
+    """
     plan, cost, timing = answer.plan, answer.cost, answer.timing
     return {
         "answer": answer.text,
@@ -61,7 +80,9 @@ def as_dict(model: str, answer: Answer, warm: bool) -> dict[str, Any]:
         "first_token_ms": timing.first_token_ms,
         "total_ms": timing.total_ms,
         "warm": warm,
+        "token_selection": describe_selector(vlm.token_selection),
         "prompt_tokens": answer.prompt_tokens,
+        "layer_tokens": answer.layer_tokens,
         "new_tokens": timing.new_tokens,
     }
 
@@ -78,6 +99,8 @@ def _show(vlm: AdaptiveVLM, answer: Answer, warm: bool) -> None:
     table.add_row("plan", Text.assemble(plan_text(drawing), f"  {drawing.count} {unit} on, {used}"))
     if answer.plan is not None:
         table.add_row("", Text.assemble(plan_legend([drawing]), style="dim"))
+    if vlm.token_selection.name != "none":
+        table.add_row("visual tokens", f"{describe_selector(vlm.token_selection)}, {kept_text(answer)}")
     table.add_row(
         "FLOPs",
         f"{flops_text(cost.prefill_flops)} of {flops_text(cost.base_prefill_flops)}, {share_text(cost.frac)} "

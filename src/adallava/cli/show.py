@@ -41,6 +41,16 @@ def plan_legend(drawings: list[PlanDrawing]) -> Text:
     return text
 
 
+def kept_text(answer: Answer) -> str:
+    """Say how many tokens of an answer's prompt its layers processed, the latency token not counted."""
+    total, latency = answer.prompt_tokens, answer.plan is not None
+    kept = [tokens - latency for tokens in answer.layer_tokens]
+    if kept[-1] == total:
+        return f"all {total} prompt tokens kept"
+    first = next(layer for layer, tokens in enumerate(kept) if tokens < total)
+    return f"{kept[-1]} of {total} prompt tokens kept" + (f", from layer {first} on" if first else "")
+
+
 def picture_text(image: Image.Image, console: Console, columns: int = 36) -> Text | None:
     """Return a small picture of half blocks, or None where the terminal has too few colours or is none."""
     if console.color_system not in ("truecolor", "256") or not console.is_terminal:

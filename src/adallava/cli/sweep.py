@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from adallava.cli.group import Stopped
+from adallava.errors import ConfigError
 from adallava.evaluation.sweep import MEAN, NO_MODE, Listener, SweepSettings, flat
 from adallava.evaluation.sweep import sweep as run_sweep
 from adallava.mini.questions import FAMILIES
@@ -21,7 +22,8 @@ from adallava.plots.units import share_text
 from adallava.results import ResultRow
 
 _FILE_WIDTH = 120
-_LAYERS = "layers on (· never, █ always)"
+_LAYERS, _TOKENS = "layers on", "tokens"
+_NUMBER_WIDTH = len("100.0")
 
 
 def sweep(models: Sequence[str], settings: SweepSettings, as_json: bool) -> None:
@@ -38,14 +40,47 @@ def sweep(models: Sequence[str], settings: SweepSettings, as_json: bool) -> None
         console = Console(highlight=False)
         if not console.is_terminal:
             console.width = _FILE_WIDTH  # a pipe or file has no width of its own, and 80 columns would break headers
-        console.print(accuracy_table(rows), "", plan_table(rows), sep="\n")
+        print_tables(rows, console)
 
 
-def accuracy_table(rows: Sequence[ResultRow]) -> Table:
-    """Return one line per model, budget and mode: the mean with its 95 % interval, and each task."""
+def print_tables(rows: Sequence[ResultRow], console: Console) -> None:
+    """Print both tables; where they are too wide, names are folded, and never a number."""
+    accuracy = accuracy_table(rows)
+    wanted = console.measure(accuracy, options=console.options.update(width=10 * console.width)).maximum
+    if _selects(rows) and wanted > console.width:
+        accuracy = accuracy_table(rows, narrow=True)
+    console.print(accuracy, "", plan_table(rows), sep="\n")
+
+
+def split_selections(text: str) -> list[str]:
+    """Split a list of token selections at its commas; "setting=value" belongs to the selection before it.
+
+    "none,fastv:layer=3,ratio=0.75,prumerge" is three. Raises ``ConfigError`` for an entry that belongs to none.
+    """
+    selections: list[str] = []
+    for part in map(str.strip, text.split(",")):
+        if not part:
+            raise ConfigError(f"token selections {text!r} have an empty entry. Write a list such as 'none,prumerge+'.")
+        if ":" in part or "=" not in part:
+            selections.append(part)
+        elif selections and ":" in selections[-1]:
+            selections[-1] += f",{part}"
+        else:
+            raise ConfigError(
+                f"token selections {text!r}: the setting {part!r} must come after a selection and a colon. Write "
+                "'fastv:layer=3,ratio=0.75'."
+            )
+    return selections
+
+
+def accuracy_table(rows: Sequence[ResultRow], narrow: bool = False) -> Table:
+    """Return one line per run of a model: the mean with its 95 % interval, and each task.
+
+    narrow: fold the names of tasks to the width of their numbers, which leaves more room for token selections.
+    """
     first = rows[0].config
     title = f"Accuracy in %, {first['limit']:,} questions per task, seed {first['seed']}"
-    table, groups = _start(title, rows, ("mean", *FAMILIES))
+    table, groups = _start(title, rows, ("mean", *FAMILIES), narrow)
     for key, group in groups.items():
         mean = group[MEAN].metrics
         accuracy = f"[bold]{100 * mean['accuracy']:.1f}[/bold] ± {100 * mean['interval']:.1f}"
@@ -56,39 +91,66 @@ def accuracy_table(rows: Sequence[ResultRow]) -> Table:
 
 
 def plan_table(rows: Sequence[ResultRow]) -> Table:
-    """Return one line per model, budget and mode: FLOPs, how plans differ between inputs, how often a layer is on."""
+    """Return one line per run of a model: FLOPs, tokens, how plans differ between inputs, how often a layer is on."""
+    selects = _selects(rows)
+    title = "Plans of all tasks: how many differ, how often each layer after the prefix is on (· never, █ always)"
     table, groups = _start(
-        "Plans of all tasks: how many differ, and how often each layer after the prefix is on",
+        title + (", prompt tokens kept in the last layer" if selects else ""),
         rows,
-        ("FLOPs", "plans", "commonest", _LAYERS),
+        ("FLOPs", *(["kept"] if selects else []), "plans", "commonest", _LAYERS),
     )
     for key, group in groups.items():
         mean = group[MEAN].metrics
         share = "-" if mean["flops_frac"] is None else share_text(mean["flops_frac"])
         plans = mean["plans"]
         told = (str(plans["distinct"]), share_text(plans["top_share"]), _levels(plans)) if plans else ("-", "-", "-")
-        table.add_row(*map(escape, key), share, *told)
+        table.add_row(*map(escape, key), share, *([_kept(mean)] if selects else []), *told)
     return table
 
 
 def _start(
-    title: str, rows: Sequence[ResultRow], columns: Sequence[str]
+    title: str, rows: Sequence[ResultRow], columns: Sequence[str], narrow: bool = False
 ) -> tuple[Table, dict[tuple[str, ...], dict[str, ResultRow]]]:
     """An empty table with the columns that name a row, and the rows by these names and by task."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
     modes = {row.config["mode"] for row in rows} - {NO_MODE}
     names = ["model", "budget", *(["mode"] if modes - {"learned"} else [])]
-    for name in (*names, *columns):
-        left = name in ("model", "mode", _LAYERS)
-        table.add_column(name, justify="left" if left else "right", no_wrap=name not in FAMILIES, overflow="fold")
+    names += ["token_selection"] if _selects(rows) else []
+    titles = [_TOKENS if name == "token_selection" else name for name in names]
+    for name in (*titles, *columns):
+        table.add_column(
+            name,
+            justify="left" if name in ("model", "mode", _TOKENS, _LAYERS) else "right",
+            no_wrap=name not in (*FAMILIES, _TOKENS),
+            max_width=_NUMBER_WIDTH if narrow and name in FAMILIES else None,
+            overflow="fold",
+        )
     groups: dict[tuple[str, ...], dict[str, ResultRow]] = {}
     for row in rows:
         groups.setdefault(tuple(row.config[name] for name in names), {})[row.name] = row
     return table, groups
 
 
+def _selects(rows: Sequence[ResultRow]) -> bool:
+    return any(row.config["token_selection"] != "none" for row in rows)
+
+
+def _kept(mean: dict[str, Any]) -> str:
+    if mean["last_layer_tokens"] is None:
+        return "-"
+    return f"{mean['last_layer_tokens']:.0f} of {mean['prompt_tokens']:.0f}"
+
+
 def _levels(plans: dict[str, Any]) -> str:
     return "".join("·▁▂▃▄▅▆▇█"[math.ceil(8 * frac)] for frac in plans["layer_on_frac"])
+
+
+def _run_name(row: ResultRow) -> str:
+    """The model, the budget, and what is not as usual."""
+    config = row.config
+    mode = [] if config["mode"] in (NO_MODE, "learned") else [config["mode"]]
+    selection = [] if config["token_selection"] == "none" else [config["token_selection"]]
+    return " ".join((config["model"], config["budget"], *mode, *selection))
 
 
 def _how_to_go_on(settings: SweepSettings) -> str:
@@ -102,8 +164,8 @@ def _warn_of_failures(rows: Sequence[ResultRow]) -> None:
     console = Console(stderr=True)
     for row in failed:
         console.print(
-            f"warning: {row.metrics['failed']} of {row.metrics['n']} questions failed in {row.config['model']}, "
-            f"{row.config['budget']}, {row.name}, and count as wrong. The first: {row.metrics['failures'][0]}",
+            f"warning: {row.metrics['failed']} of {row.metrics['n']} questions failed in {_run_name(row)}, {row.name}, "
+            f"and count as wrong. The first: {row.metrics['failures'][0]}",
             style="yellow",
             markup=False,
             highlight=False,
@@ -149,13 +211,9 @@ class _Bar(Listener):
         self.progress.advance(self.task, count)
 
     def on_row(self, row: ResultRow) -> None:
-        config, metrics = row.config, row.metrics
-        mode = "" if config["mode"] in (NO_MODE, "learned") else f" {config['mode']}"
-        self.progress.update(self.task, description=f"{config['model']} {config['budget']}{mode}")
-        self.on_note(
-            f"{config['model']} {config['budget']}{mode} {row.name}: "
-            f"{100 * metrics['accuracy']:.1f} ± {100 * metrics['interval']:.1f} %"
-        )
+        metrics, name = row.metrics, _run_name(row)
+        self.progress.update(self.task, description=name)
+        self.on_note(f"{name} {row.name}: {100 * metrics['accuracy']:.1f} ± {100 * metrics['interval']:.1f} %")
 
     def on_note(self, text: str) -> None:
         self.progress.console.print(text, style="dim", markup=False, soft_wrap=True)

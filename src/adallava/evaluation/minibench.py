@@ -52,6 +52,8 @@ class TaskSettings:
     seed: int
     limit: int
     batch_size: int = 64
+    token_selection: str | None = None
+    """Which visual tokens the model keeps, such as "fastv:layer=3"; None for the model's own selection."""
 
 
 @dataclass
@@ -64,6 +66,10 @@ class TaskRun:
     """The error of each question that failed."""
     flops_fracs: list[float] = field(default_factory=list)
     """Share of the base model's prefill FLOPs, for each answered question (paper convention)."""
+    prompt_tokens: list[int] = field(default_factory=list)
+    """Tokens of each answered prompt before any is dropped, without the latency token."""
+    last_layer_tokens: list[int] = field(default_factory=list)
+    """Tokens of it that are left in the last layer, without the latency token."""
     plans: PlanCounts | None = None
     """The plans that were run; None for a base model."""
 
@@ -98,7 +104,7 @@ def max_new_tokens(vlm: AdaptiveVLM, task: str) -> int:
 
 def _options(vlm: AdaptiveVLM, settings: TaskSettings) -> dict[str, Any]:
     # A hub checkpoint may come with sampling switched on; a benchmark decodes greedily.
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "token_selection": settings.token_selection}
     if settings.mode is not None:
         # Random plans must be the same after a restart, so each task has noise of its own.
         noise = zlib.crc32(f"{settings.task}/{settings.budget}/{settings.seed}".encode())
@@ -129,5 +135,8 @@ def _take(run: TaskRun, item: Item, answer: Answer | Exception) -> None:
         return
     run.scores.append(score(item.question, answer.text))
     run.flops_fracs.append(answer.cost.frac)
+    run.prompt_tokens.append(answer.prompt_tokens)
+    # The latency token is not counted, so that models with and without one can be compared.
+    run.last_layer_tokens.append(answer.layer_tokens[-1] - (answer.plan is not None))
     if run.plans is not None and answer.plan is not None:
         run.plans.add(answer.plan)

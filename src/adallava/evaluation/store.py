@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ class Key(NamedTuple):
     model: str
     budget: str
     mode: str
+    token_selection: str
     task: str
 
 
@@ -30,7 +32,7 @@ class RowStore:
             return
         _drop_cut_line(path)
         try:
-            self._rows = {_key(row): row for row in read_rows(path)}
+            self._rows = {_key(row): row for row in map(_completed, read_rows(path))}
         except (ValueError, KeyError) as error:
             raise ResultExistsError(
                 f"{path} exists and is not the output of a sweep ({error}). It is left as it is: choose another file."
@@ -58,7 +60,14 @@ class RowStore:
 
 
 def _key(row: ResultRow) -> Key:
-    return Key(row.config["model"], row.config["budget"], row.config["mode"], row.name)
+    config = row.config
+    return Key(config["model"], config["budget"], config["mode"], config["token_selection"], row.name)
+
+
+def _completed(row: ResultRow) -> ResultRow:
+    """A row as it would be written now: rows from before token selection kept every token and did not count them."""
+    config = {"token_selection": "none", **row.config}
+    return replace(row, config=config, metrics={"prompt_tokens": None, "last_layer_tokens": None, **row.metrics})
 
 
 def _drop_cut_line(path: Path) -> None:

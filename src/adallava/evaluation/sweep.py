@@ -1,4 +1,4 @@
-"""Accuracy over budgets: models x budgets x scheduling modes on the mini benchmark, as result rows.
+"""Accuracy over budgets: models x token selections x modes x budgets on the mini benchmark, as result rows.
 
 Each model is loaded once. With an output file every finished task is kept at once, and a sweep that was stopped goes
 on where it was: a row is skipped if the file has it, provided that seed, limit and the model's weights are the same.
@@ -17,16 +17,17 @@ import torch
 
 from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
-from adallava.errors import BudgetError, ConfigError, did_you_mean
+from adallava.errors import ConfigError, did_you_mean
 from adallava.evaluation.minibench import TaskRun, TaskSettings, run_task
 from adallava.evaluation.plans import PlanCounts
+from adallava.evaluation.preflight import check_budgets, check_selections, preflight
 from adallava.evaluation.store import Key, RowStore
-from adallava.hosts.load import CONFIG_FILE, SHIPPED, shipped_folder
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES
 from adallava.mini.scoring import mean_and_interval
 from adallava.results import ResultRow, provenance
 from adallava.scheduling.scheduler import MODES, Mode
+from adallava.selection import describe_selector, parse_selector
 
 MEAN = "mean"
 NO_MODE = "none"
@@ -49,9 +50,11 @@ class SweepSettings:
     """Questions that are answered together."""
     out: Path | None = None
     """JSONL file that keeps every finished task, and from which a stopped sweep goes on."""
+    token_selections: tuple[str, ...] | None = None
+    """Which visual tokens are kept, such as "none" and "fastv:layer=3"; None: as each model is configured."""
 
     def __post_init__(self) -> None:
-        """Check the values and drop repeated budgets and modes."""
+        """Check the values, write each token selection in one way, and drop repeated values."""
         for name, least in (("seed", 0), ("limit", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -59,10 +62,16 @@ class SweepSettings:
         for mode in self.modes:
             if mode not in MODES:
                 raise ConfigError(f"mode {mode!r} is not known.{did_you_mean(mode, MODES)} Known: {', '.join(MODES)}.")
-        for name in ("budgets", "modes"):
-            if not getattr(self, name):
+        if self.token_selections is not None:
+            selections = tuple(describe_selector(parse_selector(text)) for text in self.token_selections)
+            object.__setattr__(self, "token_selections", selections)
+        for name in ("budgets", "modes", "token_selections"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not values:
                 raise ConfigError(f"no {name} are given. Give at least one.")
-            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
 
 
 class Listener:
@@ -85,17 +94,17 @@ class Listener:
 
 
 def sweep(models: Sequence[str], settings: SweepSettings, listener: Listener | None = None) -> list[ResultRow]:
-    """Run models (names, folders or hub ids) and return their rows: six tasks and "mean" per model, budget and mode.
+    """Run models (names, folders or hub ids) and return their rows: six tasks and "mean" for each run of a model.
 
     Everything that can be checked is checked before the first model runs. Raises ``CheckpointError`` for unknown
-    models, ``BudgetError`` for a budget below a model's minimum, ``ResultExistsError`` where the output file holds
-    rows of other settings.
+    models, ``BudgetError`` for a budget below a model's minimum, ``ConfigError`` for a token selection that cannot
+    work in a model, ``ResultExistsError`` where the output file holds rows of other settings.
     """
     listener = listener or Listener()
     names = labels(models)
-    settings_of = [_preflight(source, settings) for source in names.values()]
+    configs = [preflight(source, settings.budgets, settings.token_selections or ()) for source in names.values()]
     store = RowStore(settings.out)
-    counts = [len(list(_runs(config, settings))) for config in settings_of]
+    counts = [len(list(_runs(config, settings))) for config in configs]
     each = len(FAMILIES) * settings.limit
     rows: list[ResultRow] = []
     for number, (label, source) in enumerate(names.items()):
@@ -122,40 +131,13 @@ def flat(row: ResultRow) -> dict[str, Any]:
     return {**row.config, "task": row.name, **metrics, "provenance": row.provenance}
 
 
-# -- before the start -------------------------------------------------------------------------------------------------
-
-
-def _preflight(source: str, settings: SweepSettings) -> AdaptiveConfig | None:
-    """Find a misspelt model or a budget too small before hours of work, without loading weights."""
-    folder = Path(source) if Path(source).is_dir() else shipped_folder(source) if source in SHIPPED else None
-    if folder is None or not folder.is_dir():
-        if not _looks_like_hub_id(source):
-            AdaptiveVLM.from_pretrained(source)  # raises, and says best what is wrong
-        return None
-    if not (folder / CONFIG_FILE).is_file():
-        return None
-    config = AdaptiveConfig.from_json_file(folder / CONFIG_FILE)
-    _check_budgets(source, config, settings)
-    return config
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
-
-
-def _check_budgets(name: str, config: AdaptiveConfig, settings: SweepSettings) -> None:
-    for budget in settings.budgets:
-        try:
-            budget.resolve(config)
-        except BudgetError as error:
-            raise BudgetError(f"{name}: {error}") from error
-
-
-def _runs(config: AdaptiveConfig | None, settings: SweepSettings) -> Iterator[tuple[Budget, Mode | None]]:
-    if config is None:
-        yield Budget.parse(1), None
-        return
-    yield from ((budget, mode) for mode in settings.modes for budget in settings.budgets)
+def _runs(config: AdaptiveConfig | None, settings: SweepSettings) -> Iterator[tuple[str | None, Budget, Mode | None]]:
+    """Token selection, None for the model's own; budget; and mode of each run of a model."""
+    for selection in settings.token_selections or (None,):
+        if config is None:
+            yield selection, Budget.parse(1), None
+        else:
+            yield from ((selection, budget, mode) for mode in settings.modes for budget in settings.budgets)
 
 
 # -- one model --------------------------------------------------------------------------------------------------------
@@ -165,19 +147,21 @@ def _sweep_model(
     label: str, vlm: AdaptiveVLM, settings: SweepSettings, store: RowStore, listener: Listener
 ) -> Iterator[ResultRow]:
     config = vlm.adaptive_config
+    check_selections(label, vlm.model, config, settings.token_selections or ())
     if config is not None:
-        _check_budgets(label, config, settings)
+        check_budgets(label, config, settings.budgets)
     elif skipped := [str(b) for b in settings.budgets if b.fraction != 1]:
         listener.on_note(f"{label} is a base model: it runs at 100% only, so {', '.join(skipped)} is skipped.")
     weights = weights_digest(vlm)
-    for budget, mode in _runs(config, settings):
-        common = {"model": label, "budget": str(budget), "mode": mode or NO_MODE}
+    for selection, budget, mode in _runs(config, settings):
+        selected = selection or describe_selector(vlm.token_selection)
+        common = {"model": label, "budget": str(budget), "mode": mode or NO_MODE, "token_selection": selected}
         made_with = {"seed": settings.seed, "limit": settings.limit, "weights": weights}
         rows = []
         for task in FAMILIES:
             row = store.find(Key(**common, task=task), made_with)
             if row is None:
-                asked = TaskSettings(task, budget, mode, settings.seed, settings.limit, settings.batch_size)
+                asked = TaskSettings(task, budget, mode, settings.seed, settings.limit, settings.batch_size, selected)
                 run = run_task(vlm, asked, listener.on_questions)
                 row = ResultRow(task, _metrics(run), {**common, **made_with}, _provenance(vlm, settings))
                 store.add(row)
@@ -218,6 +202,7 @@ def mean_row(rows: Sequence[ResultRow]) -> ResultRow:
         "failed": sum(m["failed"] for m in metrics),
         "failures": [text for m in metrics for text in m["failures"]][:5],
         "flops_frac": sum(fracs) / len(fracs) if fracs else None,
+        **{name: _mean_of([m[name] for m in metrics]) for name in ("prompt_tokens", "last_layer_tokens")},
         "plans": plans.statistics() if plans else None,
         "plan_counts": None,  # the tasks' rows have them
     }
@@ -230,10 +215,18 @@ def _metrics(run: TaskRun) -> dict[str, Any]:
         "n": len(run.scores),
         "failed": len(run.failures),
         "failures": run.failures[:5],
-        "flops_frac": sum(run.flops_fracs) / len(run.flops_fracs) if run.flops_fracs else None,
+        "flops_frac": _mean_of(run.flops_fracs),
+        "prompt_tokens": _mean_of(run.prompt_tokens),
+        "last_layer_tokens": _mean_of(run.last_layer_tokens),
         "plans": run.plans.statistics() if run.plans else None,
         "plan_counts": run.plans.to_dict() if run.plans else None,
     }
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean; None for no values, and where one is not known, as in rows of an older version."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _accuracy(mean: float, interval: float) -> dict[str, float]:
