@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adallava.budget import Budget, parse_budgets
+from adallava.budget import Budget, flops_at_least, parse_budgets
 from adallava.config import AdaptiveConfig
 from adallava.errors import AdaLlavaError, BudgetError
 
@@ -84,7 +84,17 @@ def test_parse(value, expected):
         ("9" * 10_000, "10000 characters"),
         (None, "None has type NoneType"),
         (np.float32(0.7), "has type float32.*lower precision"),
-        ("5.1 TFLOPs", "is in TFLOPs, a kind of budget that is not available yet.*calibrated.*'60%'"),
+        ("5 TFLOP/s", r"is a rate \(TFLOP/s\); a budget is an amount"),
+        ("0 TFLOPs", "'0 TFLOPs' is not above 0"),
+        ("-5 GFLOPs", "'-5 GFLOPs' is not above 0"),
+        ("0.5 FLOPs", "0.5 FLOPs is out of range"),
+        ("1e99 TFLOPs", r"1e\+111 FLOPs is out of range"),
+        ("1e999 TFLOPs", "is not a budget"),
+        ("5 XFLOPs", "'5 XFLOPs' is not a budget"),
+        ("TFLOPs", "'TFLOPs' is not a budget"),
+        ("5,1 TFLOPs", "is not a budget"),
+        ("5t", "'5t' is not a budget"),
+        ("80 ms/token", "is in ms, a kind of budget that is not available yet"),
         ("80 ms", "is in ms, a kind of budget that is not available yet"),
         ("80ms", "is in ms"),
     ],
@@ -163,6 +173,50 @@ def test_of_k_out_of_range():
     for k in (-1, 65, True, 1.0):
         with pytest.raises(BudgetError, match="expected a whole number from 0 to 64"):
             Budget.of_k(config_h(), k)
+
+
+@pytest.mark.parametrize(
+    ("text", "flops", "written"),
+    [
+        ("5.1 TFLOPs", 5_100_000_000_000, "5.1 TFLOPs"),
+        ("5.1T", 5_100_000_000_000, "5.1 TFLOPs"),
+        (" 850 GFLOPs ", 850_000_000_000, "850 GFLOPs"),
+        ("850gflop", 850_000_000_000, "850 GFLOPs"),
+        ("1200M", 1_200_000_000, "1.2 GFLOPs"),
+        ("2e9 FLOPs", 2_000_000_000, "2 GFLOPs"),
+        ("3k", 3000, "3 KFLOPs"),
+        ("12.5 FLOPs", Fraction(25, 2), "12.5 FLOPs"),
+        ("0.001 PFLOPs", 10**12, "1 TFLOPs"),
+    ],
+)
+def test_flops(text, flops, written):
+    budget = Budget.parse(text)
+    assert (budget.unit, budget.flops, str(budget)) == ("flops", flops, written)
+    assert Budget.parse(budget) is budget
+
+
+@given(st.integers(1, 10**20), st.integers(0, 6))
+def test_flops_are_read_back_exactly_and_rounded_up_in_advice(n, decimals):
+    budget = Budget(Fraction(n, 10**decimals), "flops") if n >= 10**decimals else Budget(Fraction(n), "flops")
+    assert Budget.parse(str(budget)) == budget
+    advice = Budget.parse(flops_at_least(budget.flops))
+    assert budget.flops <= advice.flops <= max(budget.flops * Fraction(1001, 1000), budget.flops + 1)
+
+
+def test_flops_and_shares_are_not_mixed():
+    flops, share = Budget.parse("5 TFLOPs"), Budget.parse("60%")
+    with pytest.raises(BudgetError, match="5 TFLOPs is in FLOPs, and the share.*write a share such as '60%'"):
+        flops.resolve(config_l())
+    for refused in (lambda: flops.fraction, lambda: float(flops)):
+        with pytest.raises(BudgetError, match="is in FLOPs"):
+            refused()
+    with pytest.raises(BudgetError, match="60% is a share, not FLOPs"):
+        _ = share.flops
+    with pytest.raises(TypeError):
+        _ = flops < share
+    assert flops < Budget.parse("6T") and flops != share
+    with pytest.raises(BudgetError, match="got 'ms'"):
+        Budget(Fraction(1), "ms")
 
 
 def test_text_and_order():

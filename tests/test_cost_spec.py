@@ -133,11 +133,39 @@ def test_contradicting_and_uncounted_configs():
 
 
 def test_shipped_specs():
-    assert set(SPECS) == {"llava-1.5-7b", "llava-1.5-13b"}
+    assert {"llava-1.5-7b", "llava-1.5-13b", "mipha-3b", "qwen2-vl-7b"} <= set(SPECS)
     assert SPECS["llava-1.5-13b"] is LLAVA_1_5_13B
     for spec in SPECS.values():
         assert spec.num_heads * spec.head_dim == spec.hidden_size
-        assert spec.vision.num_patches == 576
+    patches = {name: spec.vision and spec.vision.num_patches for name, spec in SPECS.items()}
+    assert (patches["llava-1.5-7b"], patches["mipha-3b"], patches["qwen2-vl-7b"]) == (576, 729, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llava-1.5-7b", 6.74),
+        ("llava-1.5-13b", 13.02),
+        ("mipha-3b", 2.78),
+        ("qwen2-vl-2b", 1.54),
+        ("qwen2-vl-7b", 7.62),
+        ("qwen2.5-vl-3b", 3.09),
+        ("qwen2.5-vl-7b", 7.62),
+    ],
+)
+def test_shipped_specs_have_the_published_number_of_parameters(name, billions):
+    """Of the language model, as its authors state it; biases and norms are below 0.1 %."""
+    spec = SPECS[name]
+    matrices = sum(op.weight_bytes * count for op, count in prefill(spec, full_loads(spec), 1).ops) / 2
+    tied = name in ("qwen2-vl-2b", "qwen2.5-vl-3b")  # one matrix is embedding and lm_head
+    assert (matrices + (0 if tied else spec.vocab_size * spec.hidden_size)) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_the_released_llava_layout_names_its_tower():
+    flat = {**TEXT, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    flat |= {"num_attention_heads": 32, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    assert ModelSpec.from_config(flat) == LLAVA_1_5_7B
+    assert ModelSpec.from_config({**flat, "mm_vision_tower": "some/other"}).vision is None
 
 
 # -- loads ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""``Budget``: the share of the base model's compute that a caller allows, and the k that it buys.
+"""``Budget``: what a caller allows, a share of the base model's compute or an amount of FLOPs; and the k that it buys.
+
+What FLOPs buy depends on the length of the input, which ``adallava.cost.resolve_budget`` takes; here they are only read
+and written.
 
 The arithmetic is exact. A budget is a ``fractions.Fraction`` and ``k = floor(total * fraction) - prefix`` is computed
 in integers, because floor of a rounded product loses or gains whole switches: in bf16 a budget can buy 45 switches
@@ -7,10 +10,12 @@ where 44 are meant, and even in fp32 some k/total do not map back to k.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from adallava.config import AdaptiveConfig
 from adallava.errors import BudgetError
@@ -24,29 +29,62 @@ _DECIMAL = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _PERCENT = re.compile(rf"({_DECIMAL})\s*%")
 _PLAIN = re.compile(_DECIMAL)
 _RATIO = re.compile(r"([0-9]+)/([0-9]+)")
-_WITH_UNIT = re.compile(rf"{_DECIMAL}\s*((?:[kKMGTP]?FLOPs?)|ns|us|ms|s|seconds?)", re.IGNORECASE)
-_EXPECTED = "Expected a share of the full model's compute: '60%', 0.6 or '3/5', above 0 and at most 100%."
+# "5.1 TFLOPs", "850 gflops", "5.1T"; a letter alone must be a capital, because 5m is no amount of compute.
+_FLOPS = re.compile(rf"({_DECIMAL}(?:[eE][+-]?[0-9]{{1,2}})?)\s*(?:(?i:([kMGTP]?)FLOPs?)|([kKMGTP]))")
+_RATE = re.compile(rf"{_DECIMAL}\s*([kMGTP]?FLOPs?\s*(?:/\s*s|per\s+second))", re.IGNORECASE)
+_WITH_UNIT = re.compile(rf"{_DECIMAL}\s*(ns|us|ms|s|seconds?)(?:\s*/\s*token)?", re.IGNORECASE)
+_EXPECTED = (
+    "Expected a share of the full model's compute: '60%', 0.6 or '3/5', above 0 and at most 100%; or an amount for the "
+    "prefill, such as '5.1 TFLOPs'."
+)
+_SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
+_LEAST_FLOPS, _MOST_FLOPS = Fraction(1), Fraction(10**24)
 
 
-@dataclass(frozen=True, order=True)
+@functools.total_ordering
+@dataclass(frozen=True)
 class Budget:
-    """A share of the base model's prefill compute, in (0, 1], held exactly.
+    """What a request may cost: a share of the base model's prefill compute, in (0, 1], or FLOPs; held exactly.
 
-    ``Budget.parse`` reads what users write; ``resolve`` turns it into k for one model; ``of_k`` is the inverse.
+    ``Budget.parse`` reads what users write; ``resolve`` turns a share into k for one model; ``of_k`` is the inverse.
+    FLOPs are of the prefill in the paper's convention; ``adallava.cost.resolve_budget`` resolves both kinds.
     """
 
-    fraction: Fraction
+    amount: Fraction
+    unit: Literal["share", "flops"] = "share"
 
     def __post_init__(self) -> None:
-        """Raise ``BudgetError`` unless the fraction is a ``Fraction`` in (0, 1]."""
-        if not isinstance(self.fraction, Fraction):
-            raise BudgetError(f"Budget holds a Fraction, got {self.fraction!r}. Use Budget.parse({self.fraction!r}).")
-        if not 0 < self.fraction <= 1:
-            raise BudgetError(f"budget {percent(self.fraction)} is out of range. {_EXPECTED}")
+        """Raise ``BudgetError`` unless the amount is a ``Fraction`` in (0, 1], or from 1 FLOP to 10^24 FLOPs."""
+        if not isinstance(self.amount, Fraction):
+            raise BudgetError(f"Budget holds a Fraction, got {self.amount!r}. Use Budget.parse({self.amount!r}).")
+        if self.unit not in ("share", "flops"):
+            raise BudgetError(f"the unit of a Budget is 'share' or 'flops', got {self.unit!r}.")
+        if self.unit == "flops":
+            if not _LEAST_FLOPS <= self.amount <= _MOST_FLOPS:
+                raise BudgetError(f"budget {float(self.amount):g} FLOPs is out of range. {_EXPECTED}")
+        elif not 0 < self.amount <= 1:
+            raise BudgetError(f"budget {percent(self.amount)} is out of range. {_EXPECTED}")
+
+    @property
+    def fraction(self) -> Fraction:
+        """The share; ``BudgetError`` for a budget in FLOPs, which is another share of every input's compute."""
+        if self.unit != "share":
+            raise BudgetError(
+                f"budget {self} is in FLOPs, and the share of the model that it buys depends on the length of each "
+                "input. Single requests take it (generate(), 'adallava run'); here, write a share such as '60%'."
+            )
+        return self.amount
+
+    @property
+    def flops(self) -> Fraction:
+        """The FLOPs; ``BudgetError`` for a share."""
+        if self.unit != "flops":
+            raise BudgetError(f"budget {self} is a share, not FLOPs. Write an amount such as '5.1 TFLOPs'.")
+        return self.amount
 
     @classmethod
     def parse(cls, value: object) -> Budget:
-        """Read a budget: "60%", 0.6, "0.6", "3/5", ``Fraction``, 1 (everything) or another ``Budget``.
+        """Read a budget: "60%", 0.6, "3/5", ``Fraction``, 1 (everything), "5.1 TFLOPs", "850G" or another ``Budget``.
 
         Text is read exactly. A float means the fraction with a small denominator that it was rounded from, where
         there is one, so that k/total means k switches for every total up to 65536; otherwise its exact binary value.
@@ -55,7 +93,8 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, str):
-            return cls(_checked(_parse_text(value), value))
+            flops = _parse_flops(value)
+            return cls(_checked(_parse_text(value), value)) if flops is None else cls(flops, "flops")
         if isinstance(value, bool):
             raise BudgetError(f"budget {value!r} is a truth value. {_EXPECTED}")
         if isinstance(value, float):
@@ -77,10 +116,11 @@ class Budget:
         return cls(Fraction(config.prefix_switches + k, config.total_switches))
 
     def resolve(self, config: AdaptiveConfig, *, clamp: bool = False) -> ResolvedBudget:
-        """Return what this budget buys on the model of ``config``: ``k = floor(total * fraction) - prefix``.
+        """Return what this share buys on the model of ``config``: ``k = floor(total * fraction) - prefix``.
 
         clamp: give k = 0 for a budget below the always-running prefix, as the released research code does.
-            Otherwise such a budget raises ``BudgetError``: the model would exceed it.
+            Otherwise such a budget raises ``BudgetError``: the model would exceed it. So does a budget in FLOPs, which
+            needs the length of the input: ``adallava.cost.resolve_budget``.
         """
         total, prefix = config.total_switches, config.prefix_switches
         affordable = total * self.fraction.numerator // self.fraction.denominator
@@ -97,8 +137,16 @@ class Budget:
         """Return the fraction as the nearest float."""
         return float(self.fraction)
 
+    def __lt__(self, other: Budget) -> bool:
+        """Compare shares with shares and FLOPs with FLOPs; anything else is a ``TypeError``."""
+        if not isinstance(other, Budget) or other.unit != self.unit:
+            return NotImplemented
+        return self.amount < other.amount
+
     def __str__(self) -> str:
-        """Return text that ``parse`` reads back exactly: "60%", or "7/12" where no short percentage is exact."""
+        """Return text that ``parse`` reads back exactly: "60%", "7/12" where no short percentage is, "5.1 TFLOPs"."""
+        if self.unit == "flops":
+            return _flops_text(self.amount)
         hundredths = self.fraction * 10_000
         return percent(self.fraction) if hundredths.denominator == 1 else str(self.fraction)
 
@@ -140,6 +188,40 @@ def percent(fraction: Fraction) -> str:
     hundredths = math.ceil(fraction * 10_000)
     sign, hundredths = ("-" if hundredths < 0 else ""), abs(hundredths)
     return f"{sign}{hundredths // 100}.{hundredths % 100:02d}".rstrip("0").rstrip(".") + "%"
+
+
+def flops_at_least(flops: float | Fraction) -> str:
+    """Return FLOPs with four digits, rounded up so that asking for them is always enough: "4.328 TFLOPs"."""
+    exact = Fraction(flops)
+    digits = len(str(math.ceil(exact)))
+    step = Fraction(10) ** (digits - 4)
+    return _flops_text(math.ceil(exact / step) * step if digits > 4 else Fraction(math.ceil(exact)))
+
+
+def _parse_flops(text: str) -> Fraction | None:
+    """FLOPs, or None for text that is no amount of FLOPs."""
+    word = text.strip()
+    if len(word) > _MAX_TEXT:
+        return None
+    if match := _RATE.fullmatch(word):
+        raise BudgetError(f"budget {text!r} is a rate ({match[1]}); a budget is an amount. {_EXPECTED}")
+    if not (match := _FLOPS.fullmatch(word)):
+        return None
+    flops = Fraction(match[1]) * _SCALES[(match[2] or match[3] or "").upper()]
+    if flops <= 0:
+        raise BudgetError(f"budget {text!r} is not above 0. {_EXPECTED}")
+    return flops
+
+
+def _flops_text(flops: Fraction) -> str:
+    """FLOPs exactly, in the largest unit that they reach: "5.1 TFLOPs"; a fraction that no decimal is becomes one."""
+    prefix, scale = next((p, s) for p, s in reversed(_SCALES.items()) if flops >= s)
+    scaled, digits = flops / scale, 0
+    while scaled.denominator > 1 and digits < 40:
+        scaled, digits = scaled * 10, digits + 1
+    number = f"{math.floor(scaled):0{digits + 1}d}"
+    whole, part = number[: len(number) - digits], number[len(number) - digits :]
+    return f"{whole}.{part} {prefix}FLOPs" if part else f"{whole} {prefix}FLOPs"
 
 
 def _parse_text(text: str) -> Fraction:

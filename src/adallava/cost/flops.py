@@ -10,8 +10,13 @@ model. That convention, which everything here follows unless it says otherwise:
   KV cache is written in full width;
 - not counted: embedding, final norm, rotary embedding, vision tower, projector, token selection, scheduler.
 
-So it differs from what a FLOP counter measures: by 0.04 % for LLaVA-1.5-7B at 624 tokens. Grouped-query attention is
-counted as it is computed: k and v projections and the KV cache by key/value heads, scores by query heads.
+So it differs from what a FLOP counter measures (``adallava.cost.strict``): by 0.04 % for LLaVA-1.5-7B at 624 tokens.
+Grouped-query attention is counted as it is computed: k and v projections and the KV cache by key/value heads, scores by
+query heads.
+
+Under tensor parallelism over N devices everything is per device: matrices, heads with their scores and KV cache, the
+activation function and lm_head are cut into N, norms and adds run in full on each device, and what the devices tell
+each other (two all-reduces per layer) is not counted. The heads on of a layer that runs in part count as evenly spread.
 """
 
 from __future__ import annotations
@@ -19,9 +24,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from adallava.cost.load import LayerLoad, PlanLike, as_loads
 from adallava.cost.spec import CostError, ModelSpec
@@ -69,28 +74,52 @@ class Pass:
         """Bytes read and written in the pass."""
         return sum(op.traffic_bytes * count for op, count in self.ops)
 
+    @property
+    def weight_bytes(self) -> float:
+        """Weights that the pass reads: those of what runs, and lm_head."""
+        return sum(op.weight_bytes * count for op, count in self.ops)
+
+    @property
+    def kv_write_bytes(self) -> float:
+        """Keys and values that the pass writes: after a prefill, the KV cache."""
+        return sum(op.kv_write_bytes * count for op, count in self.ops)
+
 
 def prefill(
-    spec: ModelSpec, plan: PlanLike, tokens: Tokens, *, batch: int = 1, flash_onchip_bytes: int | None = None
+    spec: ModelSpec,
+    plan: PlanLike,
+    tokens: Tokens,
+    *,
+    batch: int = 1,
+    tensor_parallel: int = 1,
+    flash_onchip_bytes: int | None = None,
 ) -> Pass:
     """Return the operators of a prefill (paper convention).
 
     tokens: prompt length T, visual and latency tokens included, or one length per layer.
     batch: rows that all run this plan.
+    tensor_parallel: devices that share each layer; the answer is then that of one device.
     flash_onchip_bytes: on-chip memory of a device for flash attention; None for the paper's unfused attention.
-    Raises ``PlanError`` for a plan of another model and ``CostError`` for lengths or batches below 1.
+    Raises ``PlanError`` for a plan of another model and ``CostError`` for lengths, batches or devices below 1, and for
+    devices that do not divide key/value heads and MLP.
     """
-    return _run(spec, plan, tokens, "prefill", batch, flash_onchip_bytes)
+    return _run(spec, plan, tokens, "prefill", _Setting(batch, tensor_parallel, flash_onchip_bytes))
 
 
 def decode_step(
-    spec: ModelSpec, plan: PlanLike, tokens: Tokens, *, batch: int = 1, flash_onchip_bytes: int | None = None
+    spec: ModelSpec,
+    plan: PlanLike,
+    tokens: Tokens,
+    *,
+    batch: int = 1,
+    tensor_parallel: int = 1,
+    flash_onchip_bytes: int | None = None,
 ) -> Pass:
     """Return the operators of one decoding step that attends to ``tokens`` positions (paper convention).
 
     Arguments and errors as for ``prefill``. A step reads the KV cache of all heads of a layer, also of those off.
     """
-    return _run(spec, plan, tokens, "decode", batch, flash_onchip_bytes)
+    return _run(spec, plan, tokens, "decode", _Setting(batch, tensor_parallel, flash_onchip_bytes))
 
 
 def prefill_flops(spec: ModelSpec, plan: PlanLike, tokens: Tokens, *, batch: int = 1) -> float:
@@ -103,8 +132,19 @@ def decode_step_flops(spec: ModelSpec, plan: PlanLike, tokens: Tokens, *, batch:
     return decode_step(spec, plan, tokens, batch=batch).flops
 
 
+def layer_flops(spec: ModelSpec, load: LayerLoad, tokens: int) -> float:
+    """Return what one layer adds to ``prefill_flops`` of one row of ``tokens`` positions; lm_head is in no layer."""
+    return sum(op.flops for op in _layer_ops(spec, load, _Shape(tokens, tokens, 1))) if load.runs else 0
+
+
 def footprint_bytes(
-    spec: ModelSpec, plan: PlanLike, tokens: Tokens, *, stage: Stage = "prefill", batch: int = 1
+    spec: ModelSpec,
+    plan: PlanLike,
+    tokens: Tokens,
+    *,
+    stage: Stage = "prefill",
+    batch: int = 1,
+    tensor_parallel: int = 1,
 ) -> float:
     """Return the memory that a pass needs, in bytes (paper convention).
 
@@ -112,15 +152,15 @@ def footprint_bytes(
     embedding and vision tower are left out, and all activations of the layer count as alive at once.
     stage: "prefill", or "decode" for one step with ``tokens`` positions in the KV cache.
     """
-    running = _running(spec, plan, tokens, batch)
+    running = _running(spec, plan, tokens, _Setting(batch, tensor_parallel))
     held: float = 0
     for (load, length), count in Counter(running).items():
-        ops = _layer_ops(spec, load, _Shape(length, length, batch))
+        ops = _layer_ops(spec, load, _Shape(length, length, batch, devices=tensor_parallel))
         held += count * sum(op.weight_bytes + op.kv_write_bytes for op in ops)
     if not running:
         return held
     load, length = running[-1]
-    last = _layer_ops(spec, load, _Shape(length if stage == "prefill" else 1, length, batch))
+    last = _layer_ops(spec, load, _Shape(length if stage == "prefill" else 1, length, batch, devices=tensor_parallel))
     return held + sum(op.act_write_bytes for op in last)
 
 
@@ -128,14 +168,24 @@ def footprint_bytes(
 
 
 @dataclass(frozen=True)
+class _Setting:
+    """How a pass runs, apart from what."""
+
+    batch: int = 1
+    tensor_parallel: int = 1
+    flash_onchip_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class _Shape:
-    """Query positions, key positions and batch of one layer's pass."""
+    """Query positions, key positions and batch of one layer's pass, and the devices that share it."""
 
     queries: int
     keys: int
     batch: int
     decode: bool = False
     flash_onchip_bytes: int | None = None
+    devices: int = 1
 
     @property
     def rows(self) -> int:
@@ -143,27 +193,33 @@ class _Shape:
         return self.batch * self.queries
 
 
-def _run(
-    spec: ModelSpec, plan: PlanLike, tokens: Tokens, stage: Stage, batch: int, flash_onchip_bytes: int | None
-) -> Pass:
+def _run(spec: ModelSpec, plan: PlanLike, tokens: Tokens, stage: Stage, setting: _Setting) -> Pass:
     ops: list[tuple[Op, int]] = []
-    decode = stage == "decode"
+    decode, batch, devices = stage == "decode", setting.batch, setting.tensor_parallel
     # Layers alike are counted once: a plan has few different layers, and generate() asks for many passes.
-    for (load, length), count in Counter(_running(spec, plan, tokens, batch)).items():
-        shape = _Shape(1 if decode else length, length, batch, decode, flash_onchip_bytes)
+    for (load, length), count in Counter(_running(spec, plan, tokens, setting)).items():
+        shape = _Shape(1 if decode else length, length, batch, decode, setting.flash_onchip_bytes, devices)
         ops += [(op, count) for op in _layer_ops(spec, load, shape)]
-    ops.append((_lm_head(spec, batch), 1))
+    ops.append((_on_one_device(_lm_head(spec, batch), devices), 1))
     return Pass(tuple(ops))
 
 
-def _running(spec: ModelSpec, plan: PlanLike, tokens: Tokens, batch: int) -> list[tuple[LayerLoad, int]]:
+def _running(spec: ModelSpec, plan: PlanLike, tokens: Tokens, setting: _Setting) -> list[tuple[LayerLoad, int]]:
     loads = as_loads(spec, plan)
     lengths = [tokens] * len(loads) if isinstance(tokens, int) else list(tokens)
     if len(lengths) != len(loads):
         raise CostError(f"tokens has {len(lengths)} lengths, but the model has {len(loads)} layers. Give one for each.")
-    for name, value in [("batch", batch), *(("tokens", length) for length in lengths)]:
+    devices = setting.tensor_parallel
+    counts = [("batch", setting.batch), ("tensor_parallel", devices), *(("tokens", length) for length in lengths)]
+    for name, value in counts:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CostError(f"{name} is {value!r}, expected a whole number of 1 or more.")
+    if spec.num_kv_heads % devices or spec.intermediate_size % devices:
+        fits = [n for n in range(1, spec.num_kv_heads + 1) if not (spec.num_kv_heads % n or spec.intermediate_size % n)]
+        raise CostError(
+            f"tensor_parallel is {devices}, which does not divide the {spec.num_kv_heads} key/value heads and the "
+            f"{spec.intermediate_size} MLP neurons of a layer. Choose one of {', '.join(map(str, fits))}."
+        )
     return [(load, length) for load, length in zip(loads, lengths, strict=True) if load.runs]
 
 
@@ -173,7 +229,25 @@ def _layer_ops(spec: ModelSpec, load: LayerLoad, shape: _Shape) -> list[Op]:
         ops += [*_projections(spec, load, shape), *_attention(spec, load, shape), *_norm_and_add("attn", spec, shape)]
     if load.mlp_frac:
         ops += [*_mlp(spec, load, shape), *_norm_and_add("mlp", spec, shape)]
-    return ops
+    return ops if shape.devices == 1 else [_on_one_device(op, shape.devices) for op in ops]
+
+
+# What of an operator stays whole on each device: the input of a matrix that is cut along its outputs, the output (a sum
+# that is then exchanged) of one that is cut along its inputs.
+_WHOLE_INPUT = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"}
+_WHOLE_OUTPUT = {"o_proj", "down_proj"}
+_WHOLE = {"attn_norm", "attn_add", "mlp_norm", "mlp_add"}
+
+
+def _on_one_device(op: Op, devices: int) -> Op:
+    if devices == 1 or op.name in _WHOLE:
+        return op
+    whole = (
+        {"act_read_bytes"} if op.name in _WHOLE_INPUT else {"act_write_bytes"} if op.name in _WHOLE_OUTPUT else set()
+    )
+    sizes = {name: value for name, value in vars(op).items() if name not in {"name", *whole}}
+    parts: dict[str, Any] = {name: _exact(Fraction(value) / devices) for name, value in sizes.items()}
+    return replace(op, **parts)
 
 
 def _projections(spec: ModelSpec, load: LayerLoad, shape: _Shape) -> list[Op]:

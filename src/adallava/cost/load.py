@@ -61,12 +61,16 @@ def as_loads(spec: ModelSpec, plan: PlanLike) -> tuple[LayerLoad, ...]:
     return tuple(_as_load(spec, layer, entry) for layer, entry in enumerate(plan))
 
 
-def plan_loads(spec: ModelSpec, plan: Any, row: int | None = None) -> tuple[LayerLoad, ...]:
+def plan_loads(
+    spec: ModelSpec, plan: Any, row: int | None = None, *, whole_neurons: bool = False
+) -> tuple[LayerLoad, ...]:
     """Return the loads of one row of an ``ExecutionPlan``.
 
     plan: an ``ExecutionPlan``, or anything with ``gates`` [B, L, 2, G] (axis 2: attention, MLP; G groups of heads),
         a tensor, array or nested sequence of truth values.
     row: which row; may be left out when there is only one.
+    whole_neurons: count the neurons that a model really runs. Where the groups do not divide the MLP, the first ones
+        have one neuron more; the paper's convention gives each an equal share.
     Raises ``PlanError`` for gates of another model, and when ``row`` is needed or out of range.
     """
     gates = plan.gates.tolist() if hasattr(plan.gates, "tolist") else plan.gates
@@ -76,7 +80,7 @@ def plan_loads(spec: ModelSpec, plan: Any, row: int | None = None) -> tuple[Laye
         row = 0
     if not 0 <= row < len(gates):
         raise PlanError(f"row {row} of a plan with {len(gates)} rows. Pass 0 to {len(gates) - 1}.")
-    return as_loads(spec, [_gates_load(spec, attention, mlp) for attention, mlp in gates[row]])
+    return as_loads(spec, [_gates_load(spec, attention, mlp, whole_neurons) for attention, mlp in gates[row]])
 
 
 def _as_load(spec: ModelSpec, layer: int, entry: int | LayerLoad) -> LayerLoad:
@@ -94,12 +98,16 @@ def _as_load(spec: ModelSpec, layer: int, entry: int | LayerLoad) -> LayerLoad:
     return entry if isinstance(entry, LayerLoad) else LayerLoad(heads, Fraction(heads, spec.num_heads))
 
 
-def _gates_load(spec: ModelSpec, attention: Sequence[Any], mlp: Sequence[Any]) -> LayerLoad:
+def _gates_load(spec: ModelSpec, attention: Sequence[Any], mlp: Sequence[Any], whole_neurons: bool) -> LayerLoad:
     groups = len(attention)
     if not groups or len(mlp) != groups or spec.num_heads % groups:
         raise PlanError(
             f"gates have {groups} attention and {len(mlp)} MLP groups, expected equal numbers that divide the "
             f"{spec.num_heads} heads of the model. Use the spec of the model that the plan is for."
         )
-    on, mlp_on = sum(map(bool, attention)), sum(map(bool, mlp))
-    return LayerLoad(on * (spec.num_heads // groups), Fraction(mlp_on, groups))
+    heads = sum(map(bool, attention)) * (spec.num_heads // groups)
+    if not whole_neurons:
+        return LayerLoad(heads, Fraction(sum(map(bool, mlp)), groups))
+    share, larger = divmod(spec.intermediate_size, groups)
+    neurons = sum(share + (group < larger) for group, on in enumerate(mlp) if on)
+    return LayerLoad(heads, Fraction(neurons, spec.intermediate_size))

@@ -33,6 +33,7 @@ _VISION_NAMES = {
 }
 # Decoders with two MLP matrices instead of three; no config says so by a field of its own.
 _UNGATED_MLP = frozenset({"phi", "mipha_phi", "opt", "gpt2", "gpt_neox", "gptj", "bloom", "falcon", "starcoder2"})
+_NAMED_TOWERS = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}
 # Fields of decoders that these formulas would count wrongly: mixtures of experts, compressed attention.
 _UNSUPPORTED = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
 
@@ -153,6 +154,10 @@ def _text_config(config: Any) -> Any:
 
 def _vision_spec(config: Any, projector_hidden_size: int) -> VisionSpec | None:
     vision = _get(config, "vision_config")
+    if vision is None:
+        # The released LLaVA layout names its tower, and keeps its config elsewhere.
+        image_size = _NAMED_TOWERS.get(str(_get(config, "mm_vision_tower")).rpartition("/")[2])
+        return None if image_size is None else _clip_l(projector_hidden_size, image_size)
     tower = _get(vision, "vision_tower") or vision  # Mipha nests the tower once more
     sizes = {size: _first(tower, names) for size, names in _VISION_NAMES.items()}
     # isinstance, because some towers give sizes as [height, width] and are no square ViT.
@@ -196,21 +201,32 @@ def _describe(config: Any) -> str:
     return "the config" if isinstance(config, Mapping) else type(config).__name__
 
 
-# CLIP ViT-L/14 at 336 pixels, the tower of LLaVA-1.5. vocab_size is Vicuna's 32000, which the paper's FLOPs use; the
-# "-hf" conversions of these checkpoints pad it to 32064.
+def _clip_l(projector_hidden_size: int, image_size: int = 336) -> VisionSpec:
+    """CLIP ViT-L/14, the tower of LLaVA-1.5."""
+    return VisionSpec(1024, 4096, 24, 16, image_size, 14, projector_hidden_size)
+
+
 def _llava_1_5(hidden_size: int, intermediate_size: int, num_layers: int, num_heads: int) -> ModelSpec:
-    clip = VisionSpec(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_layers=24,
-        num_heads=16,
-        image_size=336,
-        patch_size=14,
-        projector_hidden_size=hidden_size,
-    )
-    return ModelSpec(hidden_size, intermediate_size, num_layers, num_heads, num_heads, 128, 32000, vision=clip)
+    # vocab_size is Vicuna's 32000, which the paper's FLOPs use; the "-hf" conversions pad it to 32064.
+    vision = _clip_l(hidden_size)
+    return ModelSpec(hidden_size, intermediate_size, num_layers, num_heads, num_heads, 128, 32000, vision=vision)
+
+
+def _mipha_3b() -> ModelSpec:
+    """Phi-2 with SigLIP so400m at 384 pixels, whose edge of 384 holds 27 patches of 14."""
+    siglip = VisionSpec(1152, 4304, 27, 16, 384, 14, 2560, class_token=False)
+    return ModelSpec(2560, 10240, 32, 32, 32, 80, 51200, gated_mlp=False, vision=siglip)
 
 
 LLAVA_1_5_7B = _llava_1_5(4096, 11008, 32, 32)
 LLAVA_1_5_13B = _llava_1_5(5120, 13824, 40, 40)
-SPECS: Mapping[str, ModelSpec] = {"llava-1.5-7b": LLAVA_1_5_7B, "llava-1.5-13b": LLAVA_1_5_13B}
+SPECS: Mapping[str, ModelSpec] = {
+    "llava-1.5-7b": LLAVA_1_5_7B,
+    "llava-1.5-13b": LLAVA_1_5_13B,
+    "mipha-3b": _mipha_3b(),
+    # Decoders only: these take pictures at their own size, so that there is no fixed number of visual tokens.
+    "qwen2-vl-2b": ModelSpec(1536, 8960, 28, 12, 2, 128, 151936),
+    "qwen2-vl-7b": ModelSpec(3584, 18944, 28, 28, 4, 128, 152064),
+    "qwen2.5-vl-3b": ModelSpec(2048, 11008, 36, 16, 2, 128, 151936),
+    "qwen2.5-vl-7b": ModelSpec(3584, 18944, 28, 28, 4, 128, 152064),
+}

@@ -2,6 +2,8 @@
 
 The *strict* convention, that of a FLOP counter: 2 FLOPs per multiply-add of convolutions, linear layers and attention
 products; nothing for norms, softmax and activations. Never add it to FLOPs of the paper's convention without saying so.
+All layers of the tower count: transformers runs them all, though LLaVA takes the features of the last but one. What a
+tower has behind its layers (SigLIP's pooling head) does not; LLaVA and Mipha read nothing of it.
 """
 
 from __future__ import annotations
@@ -27,11 +29,18 @@ def vision_tower_flops(spec: ModelSpec, *, num_layers: int | None = None) -> int
     return patches + layers * (linear + attention)
 
 
-def projector_flops(spec: ModelSpec) -> int:
-    """Return the FLOPs of LLaVA's two-layer projector on one image (strict convention)."""
+def projector_flops(spec: ModelSpec, *, visual_tokens: int | None = None) -> int:
+    """Return the FLOPs of LLaVA's two-layer projector on one image (strict convention).
+
+    visual_tokens: tokens that it projects, fewer than there are patches where some were selected before it.
+    Raises ``CostError`` when the spec has no vision tower or fewer patches.
+    """
     vision = _vision(spec)
+    tokens = vision.num_patches if visual_tokens is None else visual_tokens
+    if not 0 <= tokens <= vision.num_patches:
+        raise CostError(f"visual_tokens is {tokens}, but an image has {vision.num_patches} patches.")
     inner = vision.projector_hidden_size
-    return 2 * vision.num_patches * (vision.hidden_size * inner + inner * inner)
+    return 2 * tokens * (vision.hidden_size * inner + inner * inner)
 
 
 def _vision(spec: ModelSpec) -> VisionSpec:

@@ -18,10 +18,11 @@ from transformers import StoppingCriteriaList
 
 from adallava.budget import Budget, ResolvedBudget
 from adallava.config import AdaptiveConfig
-from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads
-from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
+from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads, resolve_budget
+from adallava.errors import AdaLlavaError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
+from adallava.hosts.budgets import resolve_budgets
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.inputs import insert_latency_slot, slot_id
@@ -202,7 +203,7 @@ class AdaptiveVLM(nn.Module):
                 full = self.adaptive_config.max_k if self.adaptive_config is not None else 0
                 # On the CPU, so that a seed draws the same budgets on every device.
                 k = torch.randint(full + 1, (len(tokens),)) if self.training else torch.full((len(tokens),), full)
-            ada_state = self._state(self.token_selection, k)
+            ada_state = self.request_state(k)
         seed = int(torch.randint(2**31, ())) if self.training else 0
         inputs, images = select_images(self.model, inputs, self.token_selection, seed)
         if images is not None:
@@ -234,9 +235,10 @@ class AdaptiveVLM(nn.Module):
     ) -> Answer:
         """Answer one question about an image, several images, or none, within a budget.
 
-        budget: "60%", 0.6, ``Budget``: a share of the full model's compute. messages: a conversation instead of a
-        question, as ``[{"role": "user", "content": ...}, ...]``. kwargs: ``plan`` (an ``ExecutionPlan`` to obey) and
-        everything transformers' generate() takes for greedy, sampling and beam decoding and for streamers.
+        budget: "60%", 0.6, ``Budget``: a share of the full model's compute; or FLOPs of the prefill in the paper's
+        convention, "2 GFLOPs", which buy less of the model the longer the prompt is. messages: a conversation instead
+        of a question, as ``[{"role": "user", "content": ...}, ...]``. kwargs: ``plan`` (an ``ExecutionPlan`` to obey)
+        and everything transformers' generate() takes for greedy, sampling and beam decoding and for streamers.
         Raises ``BudgetError``, ``ImageError``, ``PromptError`` for what cannot be answered.
         """
         return self.generate_batch([Request(question, image, messages, budget)], **kwargs)[0]
@@ -264,13 +266,14 @@ class AdaptiveVLM(nn.Module):
             raise PromptError(f"generate() was given {name}={kwargs[name]!r}: {_REFUSED[name]}. Leave it out.")
         started = time.perf_counter()
         selector = self.token_selection if token_selection is None else self._selector(token_selection)
-        resolved = [self._resolve(request.budget) for request in requests]
+        budgets = [self._budget(request.budget) for request in requests]
         prompts = [to_prompt(request) for request in requests]
         inputs = self._to_device(encode(self.processor, prompts))
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
         watch = Stopwatch(self.device)
         prepared, watch.started = time.perf_counter() - started, watch._now()
         inputs, images = select_images(self.model, inputs, selector)
+        resolved = resolve_budgets(budgets, self.adaptive_config, self.model, inputs, selector)
         if self.adaptive_config is not None:
             settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
             state = self._prepare(inputs, resolved, selector, **settings)
@@ -293,13 +296,12 @@ class AdaptiveVLM(nn.Module):
         lengths = self._lengths(inputs["attention_mask"], state, len(requests))
         return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens, lengths)
 
-    def _resolve(self, budget: object) -> ResolvedBudget | None:
+    def _budget(self, budget: object) -> Budget:
+        """Read a budget; what is wrong with it for any input is told before the images are read."""
         parsed = Budget.parse(budget)
-        if self.adaptive_config is not None:
-            return parsed.resolve(self.adaptive_config)
-        if parsed.fraction != 1:
-            raise BudgetError(f"budget {parsed} for a base model, which always runs whole. Ask for '100%'.")
-        return None
+        if parsed.unit == "share":
+            resolve_budget(parsed, self.adaptive_config, self.spec, 1)
+        return parsed
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype

@@ -17,6 +17,14 @@ def flops_text(flops: float) -> str:
     return f"{flops:.0f} FLOPs"
 
 
+def bytes_text(size: float) -> str:
+    """Write bytes with three digits and a decimal prefix: "13.4 GB", "215 kB"."""
+    for prefix, unit in _PREFIXES:
+        if round(size / unit, 2) >= 1:
+            return f"{size / unit:.3g} {prefix}B" if size / unit < 999.5 else f"{size / unit:.0f} {prefix}B"
+    return f"{size:.0f} B"
+
+
 def share_text(share: float) -> str:
     """Write a share as a percentage with one decimal: "58.4%"."""
     return f"{100 * share:.1f}%"
