@@ -9,6 +9,7 @@ from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.model import Request
 from adallava.hosts.prompts import encode, to_prompt
+from adallava.hosts.visual import select_images
 from adallava.selection.fastv import FastV
 from matrix import IMAGES, inputs_of, options, requests, training_batch
 from tiny import ROWS, processor, tiny_base, tiny_vlm
@@ -291,10 +292,28 @@ def test_images_of_a_batch_keep_their_own_numbers_of_tokens():
     assert len(set(dropped[:3])) > 1 and dropped[0] == dropped[3] and dropped[4] > dropped[0] and dropped[5] == 0
 
 
-def test_random_patches_depend_on_the_picture_alone():
+def test_random_patches_depend_on_the_picture_and_the_seed_alone():
     vlm = make("llava", "L", "random:count=9")
-    first, again = (vlm.generate(IMAGES[0], "what ?", budget="70%", **options("llava")) for _ in range(2))
-    assert first.text == again.text and first.layer_tokens[0] == first.prompt_tokens + 1 - 64 + 9
+    both = row_inputs(vlm, Request("what ?", IMAGES[0]), Request("how many ?", IMAGES[1]))
+    alone = row_inputs(vlm, Request("how many ?", IMAGES[1]))
+    chosen = vlm.token_selection
+    (_, together), (_, single) = (select_images(vlm.model, inputs, chosen) for inputs in (both, alone))
+    assert [len(tokens) for tokens in together] == [9, 9]
+    torch.testing.assert_close(together[1], single[0])
+    _, other = select_images(vlm.model, alone, chosen, seed=1)
+    assert not torch.allclose(other[0], single[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("vision_feature_layer", [-2, -1], "one layer"), ("vision_feature_select_strategy", "full", "without the CLS")],
+)
+def test_towers_whose_features_are_no_plain_patches(field, value, words):
+    vlm = tiny_vlm("llava")
+    setattr(vlm.model.config, field, value)
+    with pytest.raises(ConfigError, match=words):
+        vlm.token_selection = "uniform:ratio=0.5"
+    vlm.token_selection = "fastv"
 
 
 def test_the_selection_is_saved(tmp_path):

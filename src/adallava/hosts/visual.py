@@ -55,6 +55,16 @@ def check_selector(model: Any, selector: Selector, prefix_layers: int | None) ->
                 f"token selection {text!r} works on one grid of patches per image, but {kind} cuts images into tiles "
                 "or takes them at their own resolution. Use 'fastv' or 'none'."
             )
+        if not isinstance(model.config.vision_feature_layer, int):
+            raise ConfigError(
+                f"token selection {text!r} needs features of one layer of the vision tower, but this model takes "
+                f"them of {model.config.vision_feature_layer}. Use 'fastv' or 'none'."
+            )
+        if has_cls(model.model.vision_tower) and model.config.vision_feature_select_strategy != "default":
+            raise ConfigError(
+                f"token selection {text!r} takes patches without the CLS token, but this model's "
+                f"vision_feature_select_strategy is {model.config.vision_feature_select_strategy!r}. Use 'fastv'."
+            )
         if selector.reads_attention and not has_cls(model.model.vision_tower):
             raise ConfigError(
                 f"token selection {text!r} reads where the CLS token looks, but the {kind} model's vision tower "
@@ -101,12 +111,7 @@ def select_images(
 
 
 def _patches(model: Any, pixels: Tensor, attention: bool) -> Patches:
-    layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy
-    if not isinstance(layer, int):
-        raise ConfigError(f"token selection needs features of one layer of the vision tower, this model has {layer}.")
-    tower = model.model.vision_tower
-    if has_cls(tower) and strategy != "default":
-        raise ConfigError(f"token selection needs a CLS token that is left out, this model's strategy is {strategy!r}.")
+    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     return tower_patches(tower, pixels, layer) if attention else Patches(tower_features(tower, pixels, layer))
 
 
