@@ -55,3 +55,33 @@ def training_batch(vlm, rows=(0, 1)):
     if vlm.model.config.model_type == "paligemma":  # marks what is not prompt: all from the first answer on
         batch["token_type_ids"] = (batch["labels"] != -100).cumsum(-1).clamp(max=1)
     return batch
+
+
+def fastv_by_hand(model, inputs, layer, rank, steps):
+    """Greedy FastV as a loop over whole layers, one prompt, no cache: ids, logits, kept tokens, embeddings."""
+    model.set_attn_implementation("eager")
+    text, answer, logits = model.model.language_model, [], []
+    prompt = embeds = model.model(**inputs, output_hidden_states=True).hidden_states[0]
+    image = (inputs["input_ids"] == model.config.image_token_id)[0]
+    kept = attention = None
+    for _ in range(steps):
+        hidden, place = embeds, torch.arange(embeds.shape[1])
+        for number, block in enumerate(text.layers):
+            if number == layer:
+                if kept is None:
+                    scores = attention[0, :, -1].mean(0)
+                    best = torch.tensor(sorted(image.nonzero()[:, 0].tolist(), key=lambda i: -scores[i])[:rank]).long()
+                    kept = ~image
+                    kept[best] = True
+                stay = torch.cat((kept, torch.ones(embeds.shape[1] - len(kept), dtype=torch.bool)))
+                hidden, place = hidden[:, stay], place[stay]
+            causal = torch.full((len(place), len(place)), torch.finfo(torch.float32).min).triu(1)[None, None]
+            rotary = text.rotary_emb(hidden, place[None])
+            normed = block.input_layernorm(hidden)
+            out, attention = block.self_attn(hidden_states=normed, position_embeddings=rotary, attention_mask=causal)
+            hidden = hidden + out
+            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        logits.append(model.lm_head(text.norm(hidden))[0, -1])
+        answer.append(int(logits[-1].argmax()))
+        embeds = torch.cat((embeds, text.embed_tokens(torch.tensor([[answer[-1]]]))), 1)
+    return answer, torch.stack(logits), kept, prompt

@@ -11,7 +11,7 @@ from adallava.hosts.model import Request
 from adallava.hosts.prompts import encode, to_prompt
 from adallava.hosts.visual import select_images
 from adallava.selection.fastv import FastV
-from matrix import IMAGES, inputs_of, options, requests, training_batch
+from matrix import IMAGES, fastv_by_hand, inputs_of, options, requests, training_batch
 from tiny import ROWS, processor, tiny_base, tiny_vlm
 
 FASTV = "fastv:layer=2,ratio=0.5"
@@ -147,41 +147,12 @@ def test_base_models_select_too(chosen):
 # -- inside the decoder ------------------------------------------------------------------------------------------------
 
 
-def by_hand(model, inputs, layer, rank, steps):
-    """Greedy FastV as a loop over whole layers, one prompt: token ids, from eager attention and no cache."""
-    model.set_attn_implementation("eager")
-    text, answer = model.model.language_model, []
-    embeds = model.model(**inputs, output_hidden_states=True).hidden_states[0]
-    image = (inputs["input_ids"] == model.config.image_token_id)[0]
-    kept = attention = None
-    for _ in range(steps):
-        hidden, place = embeds, torch.arange(embeds.shape[1])
-        for number, block in enumerate(text.layers):
-            if number == layer:
-                if kept is None:
-                    scores = attention[0, :, -1].mean(0)
-                    best = torch.tensor(sorted(image.nonzero()[:, 0].tolist(), key=lambda i: -scores[i])[:rank]).long()
-                    kept = ~image
-                    kept[best] = True
-                stay = torch.cat((kept, torch.ones(embeds.shape[1] - len(kept), dtype=torch.bool)))
-                hidden, place = hidden[:, stay], place[stay]
-            causal = torch.full((len(place), len(place)), torch.finfo(torch.float32).min).triu(1)[None, None]
-            rotary = text.rotary_emb(hidden, place[None])
-            normed = block.input_layernorm(hidden)
-            out, attention = block.self_attn(hidden_states=normed, position_embeddings=rotary, attention_mask=causal)
-            hidden = hidden + out
-            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-        answer.append(int(model.lm_head(text.norm(hidden))[0, -1].argmax()))
-        embeds = torch.cat((embeds, text.embed_tokens(torch.tensor([[answer[-1]]]))), 1)
-    return answer
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("layer", "rank"), [(1, 3), (2, 8), (5, 0)])
 def test_fastv_is_what_a_loop_by_hand_gives(layer, rank):
     vlm = AdaptiveVLM(tiny_base("llava-gqa"), processor("llava-gqa")).eval()
     inputs = inputs_of(vlm, "how many sevens are there ?")
-    wanted = by_hand(tiny_base("llava-gqa"), inputs, layer, rank, 6)
+    wanted = fastv_by_hand(tiny_base("llava-gqa"), inputs, layer, rank, 6)[0]
     vlm.token_selection = FastV(layer, rank=rank)
     answer = vlm.generate(IMAGES[0], "how many sevens are there ?", max_new_tokens=6, min_new_tokens=6)
     state = vlm._state(vlm.token_selection, torch.zeros(1, dtype=torch.long))

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from adallava import AdaptiveVLM
 from adallava.cli.main import app
 from adallava.errors import CheckpointError
+from adallava.parity.fastv import replay_fastv
 from adallava.parity.replay import find_recordings
 from adallava.parity.sampling import PARTS
 from adallava.parity.tally import Tally, all_ok
 from adallava.parity.training import replay_training
+from matrix import fastv_by_hand, inputs_of
+from tiny import tiny_base, tiny_vlm
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDINGS = {path: (name, replay) for path, name, replay in find_recordings(GOLDEN)}
@@ -123,3 +127,29 @@ def replay_and_record(path, tensors):
     made = {**tensors, **seen}
     save_file(made, path.with_suffix(".safetensors"))
     return made
+
+
+# -- FastV, whose recorded model is too large to come with the tests: a recording made by hand ------------------------
+
+
+@torch.no_grad()
+def test_fastv_in_the_model(tmp_path):
+    host = tiny_base("llava-gqa")
+    inputs = inputs_of(tiny_vlm("llava-gqa"), "how many sevens are there ?")
+    image = inputs["input_ids"][0] == host.config.image_token_id
+    ids, logits, kept, embeds = fastv_by_hand(tiny_base("llava-gqa"), inputs, 2, 8, 5)
+    llama = LlamaForCausalLM(host.config.text_config)
+    llama.model.load_state_dict(host.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(host.lm_head.state_dict())
+    llama.save_pretrained(tmp_path / "llama")
+    case = {"key": "in0.K2.R0.5.hf_cache", "K": 2, "rank": 8, "generated_ids": ids}
+    case["prefill_keep"] = (kept & image).nonzero()[:, 0].tolist()
+    meta = {"sys_length": int(image.int().argmax()), "image_token_length": int(image.sum()), "agg_layer_K": 2}
+    (tmp_path / "fastv_A.json").write_text(json.dumps({**meta, "cases": [case]}))
+    recorded = {"in0.inputs_embeds": embeds, f"{case['key']}.step_logits": logits}
+    save_file({name: value.contiguous() for name, value in recorded.items()}, tmp_path / "fastv_A.safetensors")
+    rows = {row.name: row for row in replay_fastv(tmp_path, "fastv")}
+    assert rows.keys() == {"kept image tokens", "generated ids", "step logits"} and all_ok(list(rows.values()))
+    case["prefill_keep"][0] += 1
+    (tmp_path / "fastv_A.json").write_text(json.dumps({**meta, "cases": [case]}))
+    assert not all_ok(replay_fastv(tmp_path, "fastv"))

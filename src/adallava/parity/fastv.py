@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
-from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.state import RequestState
+from adallava.hosts.switch import attach
 from adallava.parity.prompts import greedy
 from adallava.parity.tally import Quantity, Tally
 from adallava.selection.fastv import FastV, last_query_attention
@@ -58,7 +58,8 @@ def _host(folder: Path) -> Any:
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.lm_head.load_state_dict(language.lm_head.state_dict())
-    return AdaptiveVLM(model.eval(), None).model
+    attach(model, None)
+    return model.eval()
 
 
 class _Case:
