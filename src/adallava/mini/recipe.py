@@ -40,7 +40,7 @@ TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup
 CAPTIONS = TrainConfig(
     steps=600, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
 )
-QUESTIONS = TrainConfig(steps=4000, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
+QUESTIONS = TrainConfig(steps=2400, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
 QUESTIONS_PER_SCENE = 10
 # In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
 ADAPTIVE = TrainConfig(
