@@ -94,9 +94,12 @@ def test_parse(value, expected):
         ("TFLOPs", "'TFLOPs' is not a budget"),
         ("5,1 TFLOPs", "is not a budget"),
         ("5t", "'5t' is not a budget"),
-        ("80 ms/token", "is in ms, a kind of budget that is not available yet"),
-        ("80 ms", "is in ms, a kind of budget that is not available yet"),
-        ("80ms", "is in ms"),
+        ("0 ms", "'0 ms' is not above 0"),
+        ("-1 ms/token", "'-1 ms/token' is not above 0"),
+        ("2000000 s", r"2e\+09 ms is out of range"),
+        ("80 minutes", "'80 minutes' is not a budget"),
+        ("ms", "'ms' is not a budget"),
+        ("80 ms/image", "is not a budget"),
     ],
 )
 def test_parse_errors(value, message):
@@ -210,13 +213,45 @@ def test_flops_and_shares_are_not_mixed():
     for refused in (lambda: flops.fraction, lambda: float(flops)):
         with pytest.raises(BudgetError, match="is in FLOPs"):
             refused()
-    with pytest.raises(BudgetError, match="60% is a share, not FLOPs"):
+    with pytest.raises(BudgetError, match="60% is a share. Write FLOPs"):
         _ = share.flops
     with pytest.raises(TypeError):
         _ = flops < share
     assert flops < Budget.parse("6T") and flops != share
-    with pytest.raises(BudgetError, match="got 'ms'"):
-        Budget(Fraction(1), "ms")
+    with pytest.raises(BudgetError, match="got 'hours'"):
+        Budget(Fraction(1), "hours")
+
+
+@pytest.mark.parametrize(
+    ("text", "ms", "unit", "written"),
+    [
+        ("80 ms", 80, "ms", "80 ms"),
+        ("80ms", 80, "ms", "80 ms"),
+        ("0.08 s", 80, "ms", "80 ms"),
+        ("2 seconds", 2000, "ms", "2000 ms"),
+        ("1500 us", Fraction(3, 2), "ms", "1.5 ms"),
+        (" 30.25 MS ", Fraction(121, 4), "ms", "30.25 ms"),
+        ("30 ms/token", 30, "ms/token", "30 ms/token"),
+        ("0.03 s per token", 30, "ms/token", "30 ms/token"),
+    ],
+)
+def test_times(text, ms, unit, written):
+    budget = Budget.parse(text)
+    assert (budget.ms, budget.unit, str(budget), budget.timed) == (ms, unit, written, True)
+    assert Budget.parse(written) == budget
+
+
+def test_times_are_neither_shares_nor_flops():
+    first, each = Budget.parse("80 ms"), Budget.parse("80 ms/token")
+    with pytest.raises(BudgetError, match="is in milliseconds, and the share of the model that it buys"):
+        float(first)
+    with pytest.raises(BudgetError, match="is in milliseconds per token. Write FLOPs"):
+        _ = each.flops
+    with pytest.raises(BudgetError, match="60% is a share. Write a time"):
+        _ = Budget.parse("60%").ms
+    with pytest.raises(TypeError):
+        _ = first < each
+    assert first < Budget.parse("81 ms") and first != each
 
 
 def test_text_and_order():

@@ -218,7 +218,7 @@ def test_words_that_the_model_does_not_know(root):
         ("abc", ["'abc' is not a budget", "'60%'"]),
         ("60", ["more than the whole model", "Did you mean '60%'?"]),
         ("0", ["not above 0"]),
-        ("80 ms", ["not available yet"]),
+        ("80 minutes", ["is not a budget", "80 ms"]),
     ],
 )
 def test_bad_budgets(root, budget, words):

@@ -122,7 +122,7 @@ def test_question_and_messages_exclude_each_other(vlm):
         ("30%", "minimum of this model, 50%"),
         (float("nan"), "not a finite number"),
         (1.5, "more than the whole model"),
-        ("80 ms", "not available yet"),
+        ("0 ms", "not above 0"),
         ("much", "not a budget"),
         (None, "type NoneType"),
     ],

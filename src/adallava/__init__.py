@@ -10,19 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adallava.bench.calibrate import calibrate
     from adallava.budget import Budget
     from adallava.config import AdaptiveConfig
     from adallava.hosts.model import AdaptiveVLM
     from adallava.plan import ExecutionPlan
 
 __version__ = "0.1.0"
-__all__ = ["AdaptiveConfig", "AdaptiveVLM", "Budget", "ExecutionPlan", "__version__"]
+__all__ = ["AdaptiveConfig", "AdaptiveVLM", "Budget", "ExecutionPlan", "__version__", "calibrate"]
 
 _HOMES = {
     "AdaptiveConfig": "adallava.config",
     "AdaptiveVLM": "adallava.hosts.model",
     "Budget": "adallava.budget",
     "ExecutionPlan": "adallava.plan",
+    "calibrate": "adallava.bench.calibrate",
 }
 
 

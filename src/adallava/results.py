@@ -62,11 +62,23 @@ def provenance(*, device: object = "cpu", dtype: object = None, seed: int | None
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": _device_name(str(device)),
+        "device_name": device_name(str(device)),
         "threads": _threads(),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "seed": seed,
     }
+
+
+def device_name(device: str) -> str | None:
+    """Return what the makers call a device, "cpu" or "cuda:0"; None where that cannot be found."""
+    torch = sys.modules.get("torch")
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device)) if torch and torch.cuda.is_available() else None
+    try:  # platform.processor() is empty on most Linux systems
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or None
 
 
 def write_json(path: str | Path, rows: Iterable[ResultRow], *, overwrite: bool = False) -> None:
@@ -143,17 +155,6 @@ def _git_commit() -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def _device_name(device: str) -> str | None:
-    torch = sys.modules.get("torch")
-    if device.startswith("cuda"):
-        return str(torch.cuda.get_device_name(device)) if torch and torch.cuda.is_available() else None
-    try:  # platform.processor() is empty on most Linux systems
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or None
 
 
 def _threads() -> int | None:

@@ -19,7 +19,7 @@ class BenchSettings:
     """How to measure: ``rounds`` in each of which everything runs once, in random order."""
 
     model: str = "mid"
-    """A name of ``adallava.bench.models``: random weights, so that nothing is downloaded."""
+    """A name of ``adallava.bench.models``: random weights, nothing is downloaded; "latency" takes a checkpoint too."""
     rounds: int = 15
     threads: int = 2
     """CPU threads of torch."""
@@ -37,3 +37,4 @@ class BenchSettings:
 Benchmark = Callable[[BenchSettings], list[ResultRow]]
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 BENCHMARKS.register("selection", "adallava.bench.selection:measure")
+BENCHMARKS.register("latency", "adallava.bench.latency:measure")

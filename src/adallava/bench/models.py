@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip import CLIPImageProcessorPil
 
 from adallava.errors import ConfigError, did_you_mean
 
@@ -14,6 +23,11 @@ SHAPES = {
     "llava-1.5-7b": ((32, 4096, 11008, 32, 32064), (24, 1024, 4096, 16, 24)),
 }
 _PATCH = 14
+_SPECIAL = ("<pad>", "<unk>", "</s>")
+_TEMPLATE = """\
+{%- for message in messages -%}{%- for part in message.content -%}
+{{- ' <image>' if part.type == 'image' else ' ' + part.text -}}
+{%- endfor -%}{%- endfor -%}"""
 
 
 def random_llava(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
@@ -43,6 +57,32 @@ def random_llava(name: str, device: torch.device, dtype: torch.dtype = torch.flo
     with torch.device(device):
         model = LlavaForConditionalGeneration(config)
     return model.to(dtype).eval()
+
+
+def random_processor(model: LlavaForConditionalGeneration) -> LlavaProcessor:
+    """A processor for such a model, to whose tokenizer every word is one token, and the same one."""
+    size = model.config.vision_config.image_size
+    ids = {**{word: index for index, word in enumerate(_SPECIAL)}, "<image>": model.config.image_token_id}
+    core = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in ids])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+    images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
 
 
 def random_prompt(model: LlavaForConditionalGeneration, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:

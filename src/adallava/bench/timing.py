@@ -35,14 +35,15 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in things}
     for number in range(rounds + 1):
         for name in rng.sample(list(things), len(things)):
-            started = _now(device)
+            started = now(device)
             things[name]()
             if number > 0:
-                taken[name].append(1e3 * (_now(device) - started))
+                taken[name].append(1e3 * (now(device) - started))
     return {name: Times(tuple(ms)) for name, ms in taken.items()}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on the clock when all work given to ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -46,7 +46,11 @@ def run(
     image: Annotated[str, typer.Argument(help="Image file; 'none' to ask without an image.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     budget: Annotated[
-        str, typer.Option(help="Share of the full model's compute, '60%', or FLOPs of the prefill, '2 GFLOPs'.")
+        str,
+        typer.Option(
+            help="Share of the full model's compute, '60%'; FLOPs of the prefill, '2 GFLOPs'; once calibrated, time to "
+            "the first token, '80 ms', or of each one after it, '30 ms/token'."
+        ),
     ] = "100%",
     model: Annotated[str, typer.Option(help="mini-L, mini-H, mini-base, a checkpoint folder or a hub id.")] = "mini-L",
     more_images: Annotated[
@@ -139,9 +143,34 @@ def train(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="mini-L, mini-H, mini-base, a checkpoint folder or a hub id.")],
+    seconds: Annotated[float, typer.Option(help="Time to measure for.")] = 40.0,
+    batch: Annotated[str, typer.Option(help="Requests answered together; several with commas.")] = "1",
+    image: Annotated[
+        str | None, typer.Option(help="A typical picture; matters to models that take any resolution.")
+    ] = None,
+    token_selection: Annotated[
+        str | None, typer.Option(help=f"Which visual tokens are kept: {_SELECTORS}.", show_default="the model's own")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on this device; then budgets such as '80 ms' and '30 ms/token' work."""
+    from adallava.cli.calibrate import CalibrateOptions
+    from adallava.cli.calibrate import command as measure
+
+    measure(CalibrateOptions(model, seconds, batch, image, token_selection), as_json)
+
+
+@app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="selection: prefill time over the visual tokens kept.")],
-    model: Annotated[str, typer.Option(help="Random weights in the shape of: tiny, mid, llava-1.5-7b.")] = "mid",
+    name: Annotated[
+        str,
+        typer.Argument(help="selection: prefill time over the visual tokens kept. latency: how budgets in ms hold."),
+    ],
+    model: Annotated[
+        str, typer.Option(help="Random weights in the shape of: tiny, mid, llava-1.5-7b; for latency also mini-L ...")
+    ] = "mid",
     rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, or cuda (in bfloat16).")] = "cpu",

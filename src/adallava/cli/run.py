@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adallava.budget import Budget
+from adallava.budget import Budget, Forecast
 from adallava.cli.show import check_question, drawing_of, kept_text, plan_legend, plan_text, warn_unknown_words
 from adallava.errors import ConfigError
 from adallava.hosts.answer import Answer
@@ -65,6 +66,7 @@ def as_dict(model: str, vlm: AdaptiveVLM, answer: Answer, warm: bool) -> dict[st
     layer processed, with it.
     """
     plan, cost, timing = answer.plan, answer.cost, answer.timing
+    forecast = None if answer.budget is None else answer.budget.forecast
     return {
         "answer": answer.text,
         "model": model,
@@ -76,6 +78,7 @@ def as_dict(model: str, vlm: AdaptiveVLM, answer: Answer, warm: bool) -> dict[st
         "base_prefill_flops": cost.base_prefill_flops,
         "flops_frac": cost.frac,
         "flops_convention": cost.convention,
+        "forecast": None if forecast is None else dataclasses.asdict(forecast),
         "prepare_ms": timing.prepare_ms,
         "first_token_ms": timing.first_token_ms,
         "total_ms": timing.total_ms,
@@ -106,10 +109,20 @@ def _show(vlm: AdaptiveVLM, answer: Answer, warm: bool) -> None:
         f"{flops_text(cost.prefill_flops)} of {flops_text(cost.base_prefill_flops)}, {share_text(cost.frac)} "
         f"(prefill, {cost.convention} convention)",
     )
+    if answer.budget is not None and (foretold := answer.budget.forecast) is not None:
+        table.add_row("forecast", forecast_text(answer.budget.budget, foretold))
     tokens = f"{timing.new_tokens} token{'s' if timing.new_tokens != 1 else ''}"
     remark = "measured warm" if warm else "measured cold: the first request of a process is slower"
     table.add_row(
         "time",
-        f"{ms_text(timing.first_token_ms)} to the first token, {ms_text(timing.total_ms)} in all ({tokens}; {remark})",
+        f"{ms_text(timing.first_token_ms)} to the first token, {ms_text(timing.total_ms)} in all ({tokens}; {remark}), "
+        f"after {ms_text(timing.prepare_ms)} of preparation",
     )
     console.print(table)
+
+
+def forecast_text(budget: Budget, foretold: Forecast) -> str:
+    """Say what a request with a budget in milliseconds was foretold."""
+    what = "a token" if budget.unit == "ms/token" else "to the first token, preparation included"
+    remark = f"; {foretold.remark}" if foretold.remark else ""
+    return f"{ms_text(foretold.ms)} {what}, at most {ms_text(foretold.upper_ms)} in 95 % of cases{remark}"

@@ -25,6 +25,11 @@ def resolve_budget(
     tokens: prompt length with visual and latency tokens, for all layers or for each one, as in ``prefill_flops``.
     Raises ``BudgetError`` when the budget is below what always runs; for FLOPs it names the minimum of this input.
     """
+    if budget.timed:
+        raise BudgetError(
+            f"budget {budget} buys what this device makes of it, which cannot be computed. Calibrated models take it "
+            "(generate(), 'adallava run'); here, write a share such as '60%' or FLOPs such as '5.1 TFLOPs'."
+        )
     if config is None:
         _check_base(budget, spec, tokens)
         return None

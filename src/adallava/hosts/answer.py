@@ -19,13 +19,21 @@ class Timing:
     """Measured wall-clock times of the generate() call that a request was part of; a batch shares one.
 
     ``first_token_ms``: from the prepared inputs to the first new token (vision, prefill, choice of the token).
-    ``total_ms``: to the last token. ``prepare_ms``: before that, images and prompt to tensors.
+    ``total_ms``: to the last token. ``prepare_ms``: before that, images and prompt to tensors. ``selection_ms``: of the
+    time to the first token, what went by before the budget was resolved: where visual tokens are selected before the
+    decoder, their encoding.
     """
 
     prepare_ms: float
     first_token_ms: float
     total_ms: float
     new_tokens: int
+    selection_ms: float = 0.0
+
+    @property
+    def answered_ms(self) -> float:
+        """From the call to the first new token: what a budget in milliseconds is about."""
+        return self.prepare_ms + self.first_token_ms
 
     @property
     def ms_per_token(self) -> float | None:
@@ -58,6 +66,7 @@ class Stopwatch(StoppingCriteria):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.selected_s = 0.0
         self.seconds: list[float] = []
         self.started = self._now()
 
@@ -65,6 +74,11 @@ class Stopwatch(StoppingCriteria):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+    def selected(self) -> float:
+        """Note that the visual tokens are selected; returns the seconds since the start."""
+        self.selected_s = self._now() - self.started
+        return self.selected_s
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Note the time; called by generate() after each token."""
@@ -74,4 +88,4 @@ class Stopwatch(StoppingCriteria):
     def timing(self, prepare_s: float) -> Timing:
         """The times so far."""
         first, last = (self.seconds[0], self.seconds[-1]) if self.seconds else (0.0, 0.0)
-        return Timing(1e3 * prepare_s, 1e3 * first, 1e3 * last, len(self.seconds))
+        return Timing(1e3 * prepare_s, 1e3 * first, 1e3 * last, len(self.seconds), 1e3 * self.selected_s)

@@ -6,9 +6,8 @@ It holds an ordinary transformers model (``model``), made adaptive in place, its
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,16 @@ from transformers import StoppingCriteriaList
 from adallava.budget import Budget, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads, resolve_budget
-from adallava.errors import AdaLlavaError, ConfigError, PlanError, PromptError
+from adallava.cost.forecast import Forecaster
+from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
-from adallava.hosts.budgets import resolve_budgets
+from adallava.hosts.budgets import Batch, observe, prompt_lengths, resolve_budgets
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
+from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
 from adallava.hosts.inputs import insert_latency_slot, slot_id
+from adallava.hosts.profiles import Profiles
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
 from adallava.hosts.switch import attach, detach, is_attached
@@ -33,19 +35,6 @@ from adallava.hosts.visual import Selector, as_selector, check_selector, select_
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.scheduler import Mode, Scheduler
 from adallava.selection import describe_selector
-
-DEFAULT_NEW_TOKENS = 128
-_REFUSED = {
-    "assistant_model": "assisted decoding verifies drafts under another plan",
-    "prompt_lookup_num_tokens": "assisted decoding verifies drafts under another plan",
-    "assistant_early_exit": "assisted decoding verifies drafts under another plan",
-    "custom_generate": "only transformers' own greedy, sampling and beam decoding are supported",
-    "cache_implementation": "a plan needs the cache that holds just what it runs",
-    "past_key_values": "a plan belongs to one request, whose cache is made here",
-    "prefill_chunk_size": "the plan is decided at the end of the prompt, so the prompt is prefilled at once",
-    "guidance_scale": "classifier-free guidance runs a second prompt under the same plan",
-    "ada_state": "the request state is made here",
-}
 
 
 class AdaptiveVLM(nn.Module):
@@ -61,6 +50,7 @@ class AdaptiveVLM(nn.Module):
             raise ConfigError("a scheduler was passed without a config. Pass scheduler.config as config.")
         self.processor, self.adaptive_config = processor, config
         self.mode: Mode = "learned"
+        self.profiles = Profiles()
         if config is not None:
             attach(model, config)
             scheduler = scheduler or Scheduler(config)
@@ -236,9 +226,11 @@ class AdaptiveVLM(nn.Module):
         """Answer one question about an image, several images, or none, within a budget.
 
         budget: "60%", 0.6, ``Budget``: a share of the full model's compute; or FLOPs of the prefill in the paper's
-        convention, "2 GFLOPs", which buy less of the model the longer the prompt is. messages: a conversation instead
-        of a question, as ``[{"role": "user", "content": ...}, ...]``. kwargs: ``plan`` (an ``ExecutionPlan`` to obey)
-        and everything transformers' generate() takes for greedy, sampling and beam decoding and for streamers.
+        convention, "2 GFLOPs", which buy less of the model the longer the prompt is; or, once ``calibrate`` has
+        measured this device, "80 ms" from this call to the first token, "30 ms/token" for each one after it.
+        messages: a conversation instead of a question, as ``[{"role": "user", "content": ...}, ...]``. kwargs:
+        ``plan`` (an ``ExecutionPlan`` to obey) and everything transformers' generate() takes for greedy, sampling and
+        beam decoding and for streamers.
         Raises ``BudgetError``, ``ImageError``, ``PromptError`` for what cannot be answered.
         """
         return self.generate_batch([Request(question, image, messages, budget)], **kwargs)[0]
@@ -262,18 +254,24 @@ class AdaptiveVLM(nn.Module):
         """
         if not requests:
             return []
-        for name in set(_REFUSED) & {n for n, v in kwargs.items() if v is not None}:
-            raise PromptError(f"generate() was given {name}={kwargs[name]!r}: {_REFUSED[name]}. Leave it out.")
+        check_options(kwargs)
         started = time.perf_counter()
         selector = self.token_selection if token_selection is None else self._selector(token_selection)
         budgets = [self._budget(request.budget) for request in requests]
+        clock = self._clock(budgets, selector, kwargs)
         prompts = [to_prompt(request) for request in requests]
         inputs = self._to_device(encode(self.processor, prompts))
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
         watch = Stopwatch(self.device)
         prepared, watch.started = time.perf_counter() - started, watch._now()
         inputs, images = select_images(self.model, inputs, selector)
-        resolved = resolve_budgets(budgets, self.adaptive_config, self.model, inputs, selector)
+        batch = Batch(
+            prompt_lengths(self.model, self.spec.num_layers, inputs, selector, int(self.adaptive_config is not None)),
+            images=sum(len(prompt.images) for prompt in prompts) if images is None else 0,
+            elapsed_ms=1e3 * (prepared + watch.selected()),
+            new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+        )
+        resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock)
         if self.adaptive_config is not None:
             settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
             state = self._prepare(inputs, resolved, selector, **settings)
@@ -289,12 +287,16 @@ class AdaptiveVLM(nn.Module):
             inputs["ada_state"] = state
             if options.get("use_cache", True):
                 inputs["past_key_values"] = AdaptiveCache(state)
-        with _evaluating(self):
+        with evaluating(self):
             out = self.model.generate(**inputs, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
         lengths = self._lengths(inputs["attention_mask"], state, len(requests))
-        return self._answers(texts, resolved, state, watch.timing(prepared), prompt_tokens, lengths)
+        timing = watch.timing(prepared)
+        if (observers := self.profiles.observers(selector)) and one_sequence(kwargs):
+            ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
+            observe(observers, self.adaptive_config, batch, ran, timing)
+        return self._answers(texts, resolved, state, timing, prompt_tokens, lengths)
 
     def _budget(self, budget: object) -> Budget:
         """Read a budget; what is wrong with it for any input is told before the images are read."""
@@ -302,6 +304,18 @@ class AdaptiveVLM(nn.Module):
         if parsed.unit == "share":
             resolve_budget(parsed, self.adaptive_config, self.spec, 1)
         return parsed
+
+    def _clock(self, budgets: Sequence[Budget], selector: Selector, options: dict[str, Any]) -> Forecaster | None:
+        """What foretells times, where a budget is in milliseconds."""
+        timed = next((budget for budget in budgets if budget.timed), None)
+        if timed is None:
+            return None
+        if not one_sequence(options):
+            raise BudgetError(
+                f"budget {timed} with beams or several answers, whose time is not measured. Leave out num_beams and "
+                "num_return_sequences, or write a share such as '60%'."
+            )
+        return self.profiles.get(self, selector, timed)
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
@@ -359,19 +373,6 @@ class AdaptiveVLM(nn.Module):
             cost = plan_cost(spec, loads, lengths[row], tokens + (plan is not None))
             answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some, lengths[row]))
         return answers
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; a module that is in it already, perhaps shared by threads, is left alone."""
-    if not module.training:
-        yield
-        return
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 __all__ = ["AdaptiveVLM", "Answer", "Prompt", "Request"]

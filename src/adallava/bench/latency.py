@@ -1,0 +1,205 @@
+"""How budgets in milliseconds hold: idle and beside a busy program, with and without the online correction.
+
+A model is calibrated as a user would, then asked with random budgets. Each request is asked twice, under a forecaster
+that learns and under one that keeps to the profile, in random order. Budgets are drawn between what the least and the
+whole model are bounded by, times the slowdown where another process burns a core: otherwise none could be kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from adallava.bench import BenchSettings
+from adallava.bench.calibrate import CalibrationSettings, Recorder, ask, calibrate, random_batches
+from adallava.bench.models import SHAPES, random_llava, random_processor
+from adallava.bench.peaks import measured_device
+from adallava.budget import Budget
+from adallava.cost import full_loads, pass_time_ms, plan_loads, prefill, projector_flops, vision_tower_flops
+from adallava.cost.calibration import DeviceProfile
+from adallava.cost.forecast import Forecaster
+from adallava.cost.work import prefill_work
+from adallava.errors import BudgetError
+from adallava.hosts.model import AdaptiveVLM, Request
+from adallava.results import ResultRow, provenance
+
+CALIBRATION_SECONDS = 40.0
+_SLOWDOWN_REQUESTS = 15
+_SETTLE_SECONDS = 1.0
+_CORRECTED = {"profile": False, "corrected": True}
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One request: what it was allowed, foretold and took, in ms from the call to the first token."""
+
+    budget: float
+    expected: float
+    upper: float
+    took: float
+    k: int
+
+
+def measure(settings: BenchSettings) -> list[ResultRow]:
+    """One row for each condition and forecaster, and one for each way to foretell the calibration's measurements."""
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    vlm = _model(settings)
+    profile = calibrate(vlm, settings.model, CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed), save=False)
+    foretold = _predictions(vlm, profile, settings)
+    rows = [_row(settings, vlm, {"part": "prediction", **told}, metrics) for told, metrics in foretold]
+    for condition in ("idle", "one core burnt"):
+        with _burning(condition != "idle"):
+            slowdown = _slowdown(vlm, profile, settings) if condition != "idle" else 1.0
+            results = _requests(vlm, profile, settings, slowdown)
+        for name, (outcomes, refused) in results.items():
+            config: dict[str, object] = {"part": "budgets", "condition": condition, "forecaster": name}
+            rows.append(_row(settings, vlm, config, {"slowdown": slowdown, **_summary(outcomes, refused)}))
+    return rows
+
+
+def _model(settings: BenchSettings) -> AdaptiveVLM:
+    if settings.model not in SHAPES:
+        return AdaptiveVLM.from_pretrained(settings.model, device=settings.device)
+    device = torch.device(settings.device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    base = random_llava(settings.model, device, dtype)
+    return AdaptiveVLM.adapt(base, random_processor(base), variant="L").eval()
+
+
+def _row(settings: BenchSettings, vlm: AdaptiveVLM, config: dict[str, object], metrics: dict[str, object]) -> ResultRow:
+    variant = vlm.adaptive_config.variant if vlm.adaptive_config is not None else None
+    origin = provenance(device=vlm.device, dtype=next(vlm.model.parameters()).dtype, seed=settings.seed)
+    shown = {**config, "model": settings.model, "variant": variant, "rounds": settings.rounds}
+    return ResultRow("latency", metrics, shown, origin)
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+def _requests(
+    vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings, slowdown: float
+) -> dict[str, tuple[list[_Outcome], int]]:
+    """What ``rounds`` requests under random budgets came to, per forecaster, with how many were refused."""
+    rng = random.Random(settings.seed + 1)
+    forecasters = {name: Forecaster(profile, correct=correct) for name, correct in _CORRECTED.items()}
+    told: dict[str, list[_Outcome]] = {name: [] for name in forecasters}
+    refused = dict.fromkeys(forecasters, 0)
+    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 2))
+    # The first requests of a condition are where the correction learns; they count like the others.
+    for number in range(settings.rounds + 1):
+        request = next(batches)[0]
+        budget = _draw(vlm, profile, request, slowdown, rng)
+        for name in rng.sample(list(forecasters), len(forecasters)):
+            vlm.profiles.use(forecasters[name])
+            try:
+                answer = ask(vlm, [Request(request.question, request.images, budget=budget)], 2)[0]
+            except BudgetError:
+                refused[name] += number > 0
+                continue
+            assert answer.budget is not None and answer.budget.forecast is not None
+            foretold = answer.budget.forecast
+            if number > 0:  # the first one pays for what none after it does
+                took = answer.timing.answered_ms
+                told[name].append(_Outcome(float(budget.ms), foretold.ms, foretold.upper_ms, took, answer.budget.k))
+    return {name: (told[name], refused[name]) for name in forecasters}
+
+
+def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: float, rng: random.Random) -> Budget:
+    """A budget between the bounds of the least and of the whole model for this request."""
+    config = vlm.adaptive_config
+    least = vlm.reachable_budgets()[0]
+    answer = ask(vlm, [Request(request.question, request.images, budget=least)], 2)[0]
+    lengths, images = [answer.layer_tokens], int(request.images is not None)
+    works = [prefill_work(config, lengths, [k], images) for k in (0, config.max_k if config is not None else 0)]
+    low, high = (profile.prefill.forecast(work).upper_ms for work in works)
+    ms = answer.timing.prepare_ms + slowdown * rng.uniform(low, high)
+    return Budget.parse(f"{ms:.2f} ms")
+
+
+def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
+    if not outcomes:
+        return {"requests": 0, "refused": refused}
+    return {
+        "requests": len(outcomes),
+        "refused": refused,
+        "mape": statistics.fmean(abs(o.expected - o.took) / o.took for o in outcomes),
+        "bound_coverage": statistics.fmean(o.took <= o.upper for o in outcomes),
+        "within_frac": statistics.fmean(o.took <= o.budget for o in outcomes),
+        "use": statistics.fmean(o.took / o.budget for o in outcomes),
+        "mean_k": statistics.fmean(o.k for o in outcomes),
+        "ms": [[o.budget, o.expected, o.upper, o.took] for o in outcomes],
+    }
+
+
+# -- conditions -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _burning(wanted: bool) -> Iterator[None]:
+    """Another process that keeps one core busy."""
+    if not wanted:
+        yield
+        return
+    process = multiprocessing.get_context("spawn").Process(target=_burn, daemon=True)
+    process.start()
+    time.sleep(_SETTLE_SECONDS)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def _burn() -> None:
+    for _ in itertools.count():
+        pass
+
+
+def _slowdown(vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings) -> float:
+    """Median of measured over foretold under the present condition."""
+    recorder = Recorder()
+    vlm.profiles.use(Forecaster(profile, correct=False))
+    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 3))
+    with vlm.profiles.recorded_by(recorder):
+        for requests in itertools.islice(batches, _SLOWDOWN_REQUESTS):
+            ask(vlm, requests, 2)
+    return statistics.median(one.ms / profile.prefill.predict_ms(one.work) for one in recorder.prefill)
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+def _predictions(
+    vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings
+) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
+    """Errors of three ways to foretell fresh prefills: the profile, time in proportion to FLOPs, and the roofline."""
+    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 4))
+    recorder, flops, roofline, spec = Recorder(), list[float](), list[float](), vlm.spec
+    device = measured_device(vlm.device, next(vlm.model.parameters()).dtype)
+    with vlm.profiles.recorded_by(recorder):
+        for requests in itertools.islice(batches, settings.rounds):
+            answer = ask(vlm, requests, 2)[0]
+            loads = full_loads(spec) if answer.plan is None else plan_loads(spec, answer.plan, 0)
+            done = prefill(spec, loads, answer.layer_tokens)
+            vision = vision_tower_flops(spec) + projector_flops(spec) if requests[0].images is not None else 0
+            flops.append(done.flops + vision)
+            roofline.append(pass_time_ms(done, device) + 1e3 * vision / device.fp16_flops_per_s)
+    took = [one.ms for one in recorder.prefill]
+    each = statistics.median(ms / some for ms, some in zip(took, flops, strict=True))
+    ways = {
+        "profile": [profile.prefill.predict_ms(one.work) for one in recorder.prefill],
+        "in proportion to FLOPs": [each * some for some in flops],
+        "roofline": roofline,
+    }
+    for name, foretold in ways.items():
+        errors = [abs(ms - true) / true for ms, true in zip(foretold, took, strict=True)]
+        yield {"condition": "idle", "forecaster": name}, {"requests": len(took), "mape": statistics.fmean(errors)}

@@ -1,0 +1,136 @@
+"""What a batch of requests makes a device do, as a few sums: the features that measured time is a linear function of.
+
+Time is not known per plan but per k, because a budget buys k switches before any plan is decided. So what depends on
+the plan (how many layers a k touches, into how many slices its heads fall) is the mean over all plans of k switches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adallava.config import AdaptiveConfig
+from adallava.errors import PlanError
+
+PREFILL = (
+    "fixed",
+    "image",
+    "row",
+    "prefix token",
+    "prefix score",
+    "layer on",
+    "unit token",
+    "unit score",
+    "layer in part",
+    "slice",
+)
+"""Vision (per image), prefix (per token and layer, and per query-key pair), units run, and what is paid in any case."""
+DECODE = ("fixed", "row", "prefix key", "layer on", "unit", "unit key", "layer in part", "slice")
+"""The same for one step, which processes one token per row and reads the keys before it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass over a batch has to do."""
+
+    features: tuple[float, ...]
+    """As named by ``PREFILL`` or ``DECODE``."""
+    extent: dict[str, int]
+    """What a user would call its size: tokens of the longest row, rows, images."""
+
+
+def prefill_work(
+    config: AdaptiveConfig | None, lengths: Sequence[Sequence[int]], k: Sequence[int], images: int
+) -> Work:
+    """Return the work of a batch that is prefilled together, with features ``PREFILL``.
+
+    config: None for a base model, which runs everything. lengths: tokens that each layer processes, [B][layers].
+    k: switches on beyond the prefix, one per row. images: pictures still to be encoded. ``PlanError`` for another
+    number of rows or layers.
+    """
+    prefix, tail = _split(config, lengths, k)
+    units = _units(config, k)
+    features = (
+        1.0,
+        float(images),
+        float(len(lengths)),
+        float(sum(map(sum, prefix))),
+        float(sum(t * t for row in prefix for t in row)),
+        _layers_on(config, k),
+        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
+        sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True)),
+        sum(_layers_in_part(config, each) for each in k),
+        sum(_slices(config, each) for each in k),
+    )
+    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths), "images": images})
+
+
+def decode_work(config: AdaptiveConfig | None, contexts: Sequence[Sequence[int]], k: Sequence[int]) -> Work:
+    """Return the work of one decoding step, with features ``DECODE``; contexts: keys each layer reads, [B][layers]."""
+    prefix, tail = _split(config, contexts, k)
+    units = _units(config, k)
+    features = (
+        1.0,
+        float(len(contexts)),
+        float(sum(map(sum, prefix))),
+        _layers_on(config, k),
+        sum(units),
+        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
+        sum(_layers_in_part(config, each) for each in k),
+        sum(_slices(config, each) for each in k),
+    )
+    return Work(features, {"tokens": max(map(max, contexts)), "rows": len(contexts)})
+
+
+def _split(
+    config: AdaptiveConfig | None, lengths: Sequence[Sequence[int]], k: Sequence[int]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Lengths of the prefix and of the switchable layers, checked."""
+    layers = {len(row) for row in lengths} if config is None else {config.num_layers}
+    if not lengths or len(k) != len(lengths) or {len(row) for row in lengths} != layers:
+        raise PlanError(
+            f"{len(lengths)} rows with lengths for {sorted({len(row) for row in lengths})} layers and {len(k)} ks do "
+            "not go together. Pass a k and one length per layer for each row."
+        )
+    highest = 0 if config is None else config.max_k
+    if not all(0 <= each <= highest for each in k):
+        raise PlanError(f"k is {list(k)}, expected whole numbers from 0 to {highest} for this model.")
+    cut = layers.pop() if config is None else config.prefix_layers
+    return [list(row[:cut]) for row in lengths], [list(row[cut:]) for row in lengths]
+
+
+def _units(config: AdaptiveConfig | None, k: Sequence[int]) -> list[float]:
+    """Layers' worth of switches on beyond the prefix, per row."""
+    return [0.0] * len(k) if config is None else [each / config.switches_per_layer for each in k]
+
+
+def _layers_on(config: AdaptiveConfig | None, k: Sequence[int]) -> float:
+    """Switchable layers in which at least one row has a switch on: the mean over plans drawn evenly, row by row."""
+    if config is None:
+        return 0.0
+    total, each = config.max_k, config.switches_per_layer
+    off = math.prod(math.comb(total - each, some) / math.comb(total, some) for some in k)
+    return config.tail_layers * (1 - off)
+
+
+def _layers_in_part(config: AdaptiveConfig | None, k: int) -> float:
+    """Layers with some switches on and some off, which are computed slice by slice: the mean over plans of k."""
+    if config is None or config.switches_per_layer == 1:
+        return 0.0
+    total, each = config.max_k, config.switches_per_layer
+    none, whole = math.comb(total - each, k), math.comb(total - each, k - each) if k >= each else 0
+    return config.tail_layers * (1 - (none + whole) / math.comb(total, k))
+
+
+def _slices(config: AdaptiveConfig | None, k: int) -> float:
+    """Runs of adjacent switches that are on, over all switchable layers: the mean over plans of k switches."""
+    if config is None or config.switches_per_layer == 1 or not k:
+        return 0.0
+    total, each = config.max_k, config.switches_per_layer
+    together = k * (k - 1) / (total * (total - 1))
+    return config.tail_layers * (each * k / total - (each - 1) * together)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

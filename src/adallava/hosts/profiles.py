@@ -1,0 +1,138 @@
+"""Where device profiles are kept, and what of a model and a device its times depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import transformers
+
+from adallava import __version__
+from adallava.cost.calibration import DeviceProfile
+from adallava.cost.forecast import Forecaster
+from adallava.cost.work import Work
+from adallava.errors import ProfileError
+from adallava.hosts.visual import Selector
+from adallava.results import device_name
+from adallava.selection import describe_selector
+
+if TYPE_CHECKING:
+    from adallava.hosts.model import AdaptiveVLM
+
+FOLDER_VARIABLE = "ADALLAVA_PROFILES"
+
+
+def fingerprint(vlm: AdaptiveVLM, selector: Selector | None = None) -> dict[str, str]:
+    """What the times of ``vlm`` depend on, as plain text; selector: the model's own when None."""
+    device = vlm.device
+    named = {
+        "model": _shape(vlm),
+        "token selection": describe_selector(selector or vlm.token_selection),
+        "device": device_name(str(device)) or platform.machine(),
+        "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
+        "attention": str(vlm.model.config._attn_implementation),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "adallava": __version__,
+    }
+    return named if device.type != "cpu" else {**named, "threads": str(torch.get_num_threads())}
+
+
+def _shape(vlm: AdaptiveVLM) -> str:
+    """A name for everything that has this model's sizes and switches, whatever its weights."""
+    config, adaptive = vlm.model.config, vlm.adaptive_config
+    tower = getattr(config, "vision_config", None)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    facts: dict[str, Any] = {
+        "text": asdict(vlm.spec),
+        "tower": {name: getattr(tower, name, None) for name in sizes},
+        "adaptive": None if adaptive is None else [adaptive.variant, adaptive.prefix_layers, adaptive.heads_per_switch],
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{type(vlm.model).__name__} {digest[:12]}"
+
+
+def profile_folder() -> Path:
+    """Where profiles are kept: $ADALLAVA_PROFILES, or ``adallava/profiles`` in the user's cache folder."""
+    if chosen := os.environ.get(FOLDER_VARIABLE):
+        return Path(chosen)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "adallava" / "profiles"
+
+
+def profile_path(print_of: dict[str, str]) -> Path:
+    """The file of a model with a token selection on a device, where ``calibrate`` writes and a budget in time looks."""
+    name = f"{print_of['model']}-{print_of['token selection']}-{print_of['device']}"
+    return profile_folder() / (re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") + ".json")
+
+
+def find_profile(print_of: dict[str, str], budget: object) -> DeviceProfile:
+    """The profile that ``calibrate`` left; ``ProfileError`` says that there is none."""
+    path = profile_path(print_of)
+    if not path.exists():
+        raise ProfileError(
+            f"budget {budget} needs a device profile of this model, and there is none at {path}. Measure one with "
+            "'adallava calibrate MODEL' (less than a minute), or write a share such as '60%'."
+        )
+    return DeviceProfile.load(path)
+
+
+class Observer(Protocol):
+    """What learns from requests, as ``Forecaster`` does."""
+
+    def observe(self, prefill: Work, first_ms: float, decode: Work | None = None, step_ms: float | None = None) -> None:
+        """A request's prefill and its time, and its mean decoding step where it had any."""
+
+
+class Profiles:
+    """The forecasters of one model: of a profile that was set, or of those that ``calibrate`` left."""
+
+    def __init__(self) -> None:
+        self._chosen: Forecaster | None = None
+        self._found: dict[str, Forecaster] = {}
+        self._recorder: Observer | None = None
+
+    @contextlib.contextmanager
+    def recorded_by(self, recorder: Observer) -> Iterator[None]:
+        """Let ``recorder`` see what each request does and takes."""
+        self._recorder = recorder
+        try:
+            yield
+        finally:
+            self._recorder = None
+
+    def use(self, profile: DeviceProfile | Forecaster | str | Path | None, *, correct: bool = True) -> None:
+        """Take ``profile``, the file that it is in, or a forecaster; None goes back to what ``calibrate`` left.
+
+        correct: follow a device that is busier or quicker than when it was measured.
+        """
+        if isinstance(profile, str | Path):
+            profile = DeviceProfile.load(profile)
+        if isinstance(profile, DeviceProfile):
+            profile = Forecaster(profile, correct=correct)
+        self._chosen = profile
+        self._found.clear()
+
+    def get(self, vlm: AdaptiveVLM, selector: Selector, budget: object) -> Forecaster:
+        """The forecaster for ``vlm`` as it is now; ``ProfileError`` where there is none or another one is needed."""
+        print_of = fingerprint(vlm, selector)
+        selection = print_of["token selection"]
+        if self._chosen is None and selection not in self._found:
+            self._found[selection] = Forecaster(find_profile(print_of, budget))
+        forecaster = self._chosen or self._found[selection]
+        forecaster.profile.check(print_of)
+        return forecaster
+
+    def observers(self, selector: Selector) -> list[Observer]:
+        """Who is told what a request with ``selector`` did: the forecaster in use, if there is one, and a recorder."""
+        forecaster = self._chosen or self._found.get(describe_selector(selector))
+        return [observer for observer in (forecaster, self._recorder) if observer is not None]

@@ -1,0 +1,84 @@
+"""The online correction on made-up requests: it follows the device, forgives, and can be left off."""
+
+import pytest
+
+from adallava.cost.forecast import Forecaster
+from adallava.cost.work import prefill_work
+from adallava.errors import ProfileError
+from test_cost_calibration import CONFIG, PRINT, fit_profile, steps, times, true_ms
+
+WORK = prefill_work(CONFIG, [[100] * 12], [3], 1)
+STEP = steps(1)[0].work
+
+
+def forecaster(correct=True, decode=True):
+    made = Forecaster(fit_profile("m", PRINT, times(150, noise=0.03), steps(60) if decode else ()), correct=correct)
+    made.observe(WORK, 1e6)  # the first of a process, which teaches nothing
+    return made
+
+
+def test_an_idle_device_is_foretold_as_it_was_measured():
+    made = forecaster()
+    before = made.prefill(WORK)
+    assert before == made.profile.prefill.forecast(WORK)
+    for _ in range(30):
+        made.observe(WORK, before.ms)
+    after = made.prefill(WORK)
+    assert after.ms == pytest.approx(before.ms)
+    assert after.upper_ms <= before.upper_ms
+    assert after.remark is None
+
+
+def test_a_busy_device_is_followed_and_forgiven():
+    made, calm = forecaster(), forecaster().prefill(WORK)
+    for _ in range(5):
+        made.observe(WORK, 2 * calm.ms)
+    busy = made.prefill(WORK)
+    assert busy.ms == pytest.approx(2 * calm.ms)
+    assert busy.upper_ms > 2 * calm.ms
+    assert "takes 2.0 times as long as when it was measured" in busy.remark
+    for _ in range(30):
+        made.observe(WORK, calm.ms)
+    again = made.prefill(WORK)
+    assert again.ms == pytest.approx(calm.ms)
+    assert again.upper_ms <= 1.01 * calm.upper_ms
+
+
+def test_one_slow_request_is_no_busy_device_but_is_remembered_by_the_bound():
+    made, calm = forecaster(), forecaster().prefill(WORK)
+    for i in range(10):
+        made.observe(WORK, calm.ms * (5 if i == 4 else 1))
+    assert made.prefill(WORK).ms == pytest.approx(calm.ms)
+    assert made.prefill(WORK).upper_ms >= 4.9 * calm.ms
+    for _ in range(20):
+        made.observe(WORK, calm.ms)
+    assert made.prefill(WORK).upper_ms <= calm.upper_ms
+
+
+def test_prefill_and_decoding_are_followed_apart():
+    made = forecaster()
+    first, each = made.prefill(WORK), made.decode(STEP)
+    for _ in range(6):
+        made.observe(WORK, first.ms, STEP, 3 * each.ms)
+    assert made.prefill(WORK).ms == pytest.approx(first.ms)
+    assert made.decode(STEP).ms == pytest.approx(3 * each.ms)
+
+
+def test_without_correction_nothing_is_learnt():
+    made = forecaster(correct=False)
+    before = made.prefill(WORK)
+    for _ in range(30):
+        made.observe(WORK, 3 * before.ms)
+    assert made.prefill(WORK) == before
+
+
+def test_time_that_went_by_is_added():
+    made = forecaster()
+    assert made.prefill(WORK, 7.5).ms == pytest.approx(made.prefill(WORK).ms + 7.5)
+    assert made.prefill(WORK, 7.5).upper_ms == pytest.approx(made.prefill(WORK).upper_ms + 7.5)
+    assert made.prefill(WORK).ms == pytest.approx(true_ms(WORK), rel=0.05)
+
+
+def test_a_profile_of_first_tokens_only_says_so():
+    with pytest.raises(ProfileError, match="was made of first tokens only"):
+        forecaster(decode=False).decode(STEP)

@@ -1,0 +1,198 @@
+"""Budgets in milliseconds on real (tiny) models, with profiles made up so that every time is known beforehand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adallava.budget import Budget
+from adallava.cost.calibration import DeviceProfile, StageModel
+from adallava.cost.forecast import Forecaster
+from adallava.cost.work import DECODE, PREFILL, prefill_work
+from adallava.errors import BudgetError, ProfileError
+from adallava.hosts.budgets import Batch, resolve_budgets
+from adallava.hosts.model import AdaptiveVLM, Request
+from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
+from matrix import IMAGES, options
+from tiny import processor, tiny_base, tiny_vlm
+
+QUESTION = "how many sevens are there ?"
+# A day's time for the prefix and an hour for each layer on: what requests here really take changes nothing.
+FIRST, EACH = 86_400_000.0, 3_600_000.0
+WIDE = {"tokens": (1, 10_000), "rows": (1, 8), "images": (0, 8)}
+
+
+def stage(names, fixed, each, extent=WIDE):
+    coefficients = {name: {"fixed": fixed, "layer on": each}.get(name, 0.0) for name in names}
+    return StageModel(coefficients, (), (1.25,), extent, 20, 20, 0.02)
+
+
+def profile_of(vlm, **changes):
+    made = DeviceProfile("tiny", fingerprint(vlm), stage(PREFILL, FIRST, EACH), stage(DECODE, 100.0, 10.0))
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def vlm(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    made = tiny_vlm()
+    made.profiles.use(profile_of(made))
+    return made
+
+
+def upper(k):
+    return 1.25 * (FIRST + k * EACH)
+
+
+def ask(vlm, budget, **more):
+    return vlm.generate(IMAGES[0], QUESTION, budget=budget, **options("llava", **more))
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_the_largest_k_whose_bound_fits(vlm, k):
+    answer = ask(vlm, f"{upper(k) + 60_000} ms")  # a minute for the preparation, which counts too
+    assert answer.budget.k == answer.plan.k[0] == k
+    assert answer.budget.forecast.ms == pytest.approx(FIRST + k * EACH, abs=60_000)
+    assert answer.budget.forecast.upper_ms == pytest.approx(upper(k), abs=60_000)
+    assert answer.budget.forecast.remark is None
+    if k:
+        assert ask(vlm, f"{upper(k) - 1} ms").budget.k == k - 1
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 3])
+def test_time_per_token(vlm, k):
+    answer = ask(vlm, f"{1.25 * (100 + 10 * k) + 0.001:.3f} ms/token")
+    assert answer.budget.k == answer.plan.k[0] == k
+    assert answer.budget.forecast.ms == pytest.approx(100 + 10 * k)
+    assert str(answer.budget.budget).endswith("ms/token")
+
+
+def test_what_is_infeasible_names_the_minimum(vlm):
+    with pytest.raises(BudgetError, match=r"budget 80 ms is infeasible: the minimum on this device for this input is"):
+        ask(vlm, "80 ms")
+    with pytest.raises(BudgetError, match=r"is 130 ms/token \(3 of 6 layers always run; 74 tokens\). Ask for at least"):
+        ask(vlm, "80 ms/token")
+    named = r"2 requests together, \d+ tokens"
+    with pytest.raises(BudgetError, match=named):
+        vlm.generate_batch([Request(QUESTION, IMAGES[0], budget="80 ms"), Request(QUESTION)], **options("llava"))
+
+
+def test_asking_for_the_named_minimum_is_enough(vlm):
+    for unit in ("ms", "ms/token"):
+        with pytest.raises(BudgetError) as caught:
+            ask(vlm, f"80 {unit}")
+        least = str(caught.value).split("Ask for at least '")[1].split("'")[0]
+        assert ask(vlm, least).budget.k == 0
+
+
+def test_a_base_model_runs_whole_or_not_at_all():
+    base = AdaptiveVLM(tiny_base(), processor())
+    base.profiles.use(profile_of(base))
+    assert ask(base, f"{upper(0) + 60_000} ms").budget is None
+    with pytest.raises(BudgetError, match="a base model always runs whole"):
+        ask(base, "1 s")
+
+
+def test_a_batch_gets_one_k_that_keeps_all_its_times_and_leaves_shares_alone(vlm):
+    budgets = ["60%", f"{upper(3) + 60_000} ms", f"{upper(2) + 60_000} ms", "50%"]
+    requests = [Request(QUESTION, IMAGES[i % 3], budget=b) for i, b in enumerate(budgets)]
+    answers = vlm.generate_batch(requests, **options("llava"))
+    # Two rows with two layers each would touch 3 * (1 - 1/9) layers, more than the third budget pays for.
+    assert [answer.budget.k for answer in answers] == [0, 1, 1, 0]
+    assert answers[0].budget.forecast is None
+    for row in (1, 2):
+        assert answers[row].budget.forecast.ms == pytest.approx(FIRST + 5 / 3 * EACH, abs=60_000)
+    requests[0] = Request(QUESTION, IMAGES[0], budget="100%")
+    with pytest.raises(BudgetError, match="is infeasible.*4 requests together"):
+        vlm.generate_batch(requests, **options("llava"))
+
+
+def test_the_time_that_went_by_before_counts():
+    vlm = tiny_vlm()
+    clock = Forecaster(profile_of(vlm))
+    budget = Budget.parse(f"{upper(2) + 1} ms")
+    for elapsed, k in ((0.0, 2), (2.0, 1), (1.25 * EACH, 1), (1.25 * EACH + 2, 0)):
+        batch = Batch([[20] * 6], images=1, elapsed_ms=elapsed)
+        assert resolve_budgets([budget], vlm.adaptive_config, vlm.spec, batch, clock)[0].k == k
+
+
+def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
+    clock = Forecaster(vlm.profiles.get(vlm, vlm.token_selection, "").profile)
+    batch = Batch([[20] * 6], images=1)
+
+    def resolve():
+        return resolve_budgets([Budget.parse(f"{upper(3) + 1} ms")], vlm.adaptive_config, vlm.spec, batch, clock)[0]
+
+    work = prefill_work(vlm.adaptive_config, batch.lengths, [3], 1)
+    assert resolve().k == 3
+    for _ in range(8):
+        clock.observe(work, 3 * clock.profile.prefill.predict_ms(work))
+    assert resolve().k == 0
+    assert "takes 3.0 times as long" in resolve().forecast.remark
+    for _ in range(30):
+        clock.observe(work, clock.profile.prefill.predict_ms(work))
+    assert (resolve().k, resolve().forecast.remark) == (3, None)
+
+
+def test_an_input_outside_the_measured_range_is_flagged(vlm):
+    narrow = {**WIDE, "images": (0, 1)}
+    vlm.profiles.use(profile_of(vlm, prefill=stage(PREFILL, FIRST, EACH, narrow)))
+    answer = vlm.generate(IMAGES, QUESTION, budget=f"{upper(3) + 60_000} ms", **options("llava"))
+    assert answer.budget.forecast.remark == "outside the measured range: 3 images, measured 0 to 1"
+
+
+def test_requests_teach_the_forecaster_and_shares_do_too(vlm):
+    clock = vlm.profiles.get(vlm, vlm.token_selection, "")
+    for _ in range(7):
+        ask(vlm, "100%")
+    assert clock.prefill(clock_work(vlm)).ms < 0.001 * FIRST  # a request takes no day
+    assert clock.prefill(clock_work(vlm)).ms > 0
+
+
+def clock_work(vlm):
+    return prefill_work(vlm.adaptive_config, [[79] * 6], [3], 1)
+
+
+@pytest.mark.parametrize("more", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_beams_have_no_time(vlm, more):
+    with pytest.raises(BudgetError, match="with beams or several answers"):
+        ask(vlm, "80 s", **more)
+    assert ask(vlm, "100%", **more).text is not None
+
+
+def test_without_a_profile_the_command_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(ProfileError, match=r"budget 80 ms needs a device profile.*adallava calibrate MODEL.*'60%'"):
+        ask(tiny_vlm(), "80 ms")
+
+
+def test_a_kept_profile_is_found_and_refused_where_it_does_not_hold(vlm, monkeypatch):
+    profile_of(vlm).save(profile_path(fingerprint(vlm)))
+    fresh = tiny_vlm()
+    assert ask(fresh, f"{upper(1) + 60_000} ms").budget.k == 1
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
+    with pytest.raises(ProfileError, match=f"threads was {threads}, now it is {threads + 1}"):
+        ask(fresh, "80 s")
+    with pytest.raises(ProfileError, match="threads was"):
+        ask(tiny_vlm(), "80 s")
+
+
+def test_a_profile_holds_for_one_token_selection(vlm):
+    profile_of(vlm).save(profile_path(fingerprint(vlm)))
+    fresh = tiny_vlm()
+    with pytest.raises(ProfileError, match="needs a device profile of this model, and there is none at"):
+        ask(fresh, "80 s", token_selection="fastv")
+    fresh.profiles.use(profile_of(vlm))
+    with pytest.raises(ProfileError, match="token selection was none, now it is fastv"):
+        ask(fresh, "80 s", token_selection="fastv")
+    fresh.token_selection = "uniform:count=5"
+    fresh.profiles.use(profile_of(fresh))
+    answer = ask(fresh, f"{upper(2) + 60_000} ms")
+    assert (answer.budget.k, answer.timing.selection_ms > 0) == (2, True)
+
+
+def test_models_of_other_sizes_or_switches_have_other_profiles():
+    prints = [fingerprint(made)["model"] for made in (tiny_vlm(), tiny_vlm(variant="H"), tiny_vlm(layers=8))]
+    assert len({*prints, fingerprint(AdaptiveVLM(tiny_base(), processor()))["model"]}) == 4
+    assert fingerprint(tiny_vlm())["model"] == prints[0]
