@@ -7,6 +7,7 @@ and seed that made it, a file appears complete or not at all, and no file is ove
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -69,6 +70,7 @@ def provenance(*, device: object = "cpu", dtype: object = None, seed: int | None
     }
 
 
+@functools.cache
 def device_name(device: str) -> str | None:
     """Return what the makers call a device, "cpu" or "cuda:0"; None where that cannot be found."""
     torch = sys.modules.get("torch")

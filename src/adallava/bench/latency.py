@@ -116,6 +116,7 @@ def _requests(
 def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: float, rng: random.Random) -> Budget:
     """A budget between the bounds of the least and of the whole model for this request."""
     config = vlm.adaptive_config
+    vlm.profiles.use(None)  # this request is neither forecaster's to learn from
     least = vlm.reachable_budgets()[0]
     answer = ask(vlm, [Request(request.question, request.images, budget=least)], 2)[0]
     lengths, images = [answer.layer_tokens], int(request.images is not None)

@@ -5,10 +5,11 @@
     questions  several questions to a scene; this is the base model
     adaptive   L or H from the base model, with a random budget for every sample
 
-Two controls answer two questions. ``mini-shallow``, the base recipe at the prefix depth: does depth matter?
-``mini-L-random``, the adaptive stage under random plans (the paper's Fig. D): does the scheduler? The ``selection``
-recipes repeat the adaptive stage under token selection (the paper's Table B, lower half). Every stage writes into a
-folder of its own, is skipped where its result is there already, and continues where it was stopped.
+Three controls answer two questions. ``mini-shallow``, the base recipe at the prefix depth: does depth matter?
+``mini-L-random`` and ``mini-H-random``, the adaptive stage under random plans (the paper's Fig. D): does the
+scheduler? The ``selection`` recipes repeat the adaptive stage under token selection (the paper's Table B, lower half).
+Every stage writes into a folder of its own, is skipped where its result is there already, and continues where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -213,6 +214,7 @@ RECIPES = {
     "mini-L": Recipe("AdaLLaVA-L from the base model", _adaptive("mini-L", "L")),
     "mini-H": Recipe("AdaLLaVA-H from the base model", _adaptive("mini-H", "H")),
     "mini-L-random": Recipe("control: the L stage under random plans", _adaptive("mini-L-random", "L", "random")),
+    "mini-H-random": Recipe("control: the H stage under random plans", _adaptive("mini-H-random", "H", "random")),
     "mini-shallow": Recipe("control: the base recipe with only the prefix depth", _shallow),
     "mini-selection": Recipe("all stages under token selection", _several(*_SELECTION)),
     **{
