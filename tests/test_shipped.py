@@ -28,7 +28,7 @@ def test_they_answer_far_better_than_guessing(name, variant):
     requests = [Request(i.question.text, to_image(i.scene), budget=budget) for i in items]
     answers = vlm.generate_batch(requests, max_new_tokens=32)
     right = sum(score(i.question, a.text) for i, a in zip(items, answers, strict=True))
-    assert right / len(items) > 0.8, "measured 0.92; guessing gives about a tenth"
+    assert right / len(items) > 0.8, "measured 0.83 to 0.87; guessing gives about a tenth"
     if variant is not None:
         assert {k for a in answers for k in a.plan.k} == {vlm.generate(None, "which", budget=budget).budget.k}
 

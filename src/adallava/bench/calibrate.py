@@ -55,7 +55,7 @@ class CalibrationSettings:
     """Time to measure for, warm-up not counted."""
     batch_sizes: tuple[int, ...] = (1,)
     """Requests answered together."""
-    words: tuple[int, int] = (4, 128)
+    words: tuple[int, int] = (4, 256)
     """Fewest and most words of a question."""
     new_tokens: int = 5
     """Tokens of an answer: the first tells about the prefill, the others about decoding."""

@@ -129,12 +129,15 @@ def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: 
 def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
     if not outcomes:
         return {"requests": 0, "refused": refused}
+    promised = [o for o in outcomes if o.upper <= o.budget]  # the others ran at k = 0, with a remark
     return {
         "requests": len(outcomes),
         "refused": refused,
         "mape": statistics.fmean(abs(o.expected - o.took) / o.took for o in outcomes),
         "bound_coverage": statistics.fmean(o.took <= o.upper for o in outcomes),
         "within_frac": statistics.fmean(o.took <= o.budget for o in outcomes),
+        "promised_frac": len(promised) / len(outcomes),
+        "within_promised_frac": statistics.fmean(o.took <= o.budget for o in promised) if promised else None,
         "use": statistics.fmean(o.took / o.budget for o in outcomes),
         "mean_k": statistics.fmean(o.k for o in outcomes),
         "ms": [[o.budget, o.expected, o.upper, o.took] for o in outcomes],

@@ -34,13 +34,14 @@ def bench(name: str, settings: BenchSettings, out: Path | None, as_json: bool) -
 def table(rows: list[ResultRow]) -> Table:
     """One line per row: what varies of its config, and its numbers; lists of single measurements are left out."""
     varying = [key for key in rows[0].config if len({str(row.config[key]) for row in rows}) > 1]
-    numbers = [key for key, value in rows[0].metrics.items() if isinstance(value, int | float)]
+    metrics = [item for row in rows for item in row.metrics.items()]
+    numbers = list(dict.fromkeys(key for key, value in metrics if isinstance(value, int | float)))
     made = Table(box=None, header_style="dim", pad_edge=False)
     for key in (*varying, *numbers):
         made.add_column(key.replace("_", " "), justify="left" if key in varying else "right", no_wrap=key in varying)
     for row in rows:
-        told = (row.metrics[key] for key in numbers)
-        made.add_row(*(str(row.config[key]) for key in varying), *(_number(value) for value in told))
+        told = ("" if key not in row.metrics else _number(row.metrics[key]) for key in numbers)
+        made.add_row(*(str(row.config[key]) for key in varying), *told)
     return made
 
 

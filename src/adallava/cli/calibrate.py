@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from rich.console import Console
@@ -77,7 +76,6 @@ def _show(console: Console, vlm: AdaptiveVLM, profile: DeviceProfile, settings: 
         ("everything", "right"),
         ("error", "right"),
         ("bound", "right"),
-        ("measured", "left"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, key, stage in (
@@ -87,15 +85,16 @@ def _show(console: Console, vlm: AdaptiveVLM, profile: DeviceProfile, settings: 
         if stage is not None:
             least, most = typical[key]
             bound = f"+{share_text(max(stage.factors) - 1)}"
-            table.add_row(name, ms_text(least), ms_text(most), share_text(stage.mape), bound, _extent(stage))
+            table.add_row(name, ms_text(least), ms_text(most), share_text(stage.mape), bound)
     console.print(table)
+    console.print(f"measured: {_extent(profile.prefill)}", style="dim")
     console.print(
         f"least and everything: 95 % upper bounds for a prompt of {typical['tokens']} tokens, preparation included; "
         "error: mean, of measurements held out; bound: how far above the expected time it lies, at most.",
         style="dim",
     )
-    middle = Fraction(sum(typical["first_token_ms"]) / 2).limit_denominator(10)
-    console.print(f"try: adallava run IMAGE QUESTION --model {profile.model} --budget '{float(middle):g} ms'")
+    middle = sum(typical["first_token_ms"]) / 2
+    console.print(f"try: adallava run IMAGE QUESTION --model {profile.model} --budget '{middle:.3g} ms'")
 
 
 def _typical(vlm: AdaptiveVLM, settings: CalibrationSettings) -> dict[str, Any]:
@@ -121,4 +120,4 @@ def _typical(vlm: AdaptiveVLM, settings: CalibrationSettings) -> dict[str, Any]:
 def _extent(stage: StageModel) -> str:
     ends = [(name, least, most) for name, (least, most) in stage.extent.items()]
     parts = [f"{least} to {most} {name}" if least < most else f"{most} {name}" for name, least, most in ends]
-    return f"{stage.fitted + stage.held_out} times; {', '.join(parts)}"
+    return f"{stage.fitted + stage.held_out} requests of {', '.join(parts)}".replace("1 rows", "1 row")

@@ -48,6 +48,8 @@ def run(asked: RunOptions, as_json: bool) -> None:
     pictures = [load_image(image) for image in asked.images]
     vlm = AdaptiveVLM.from_pretrained(asked.model, token_selection=asked.token_selection)
     options: dict[str, Any] = {"budget": allowed, "max_new_tokens": asked.max_new_tokens, "do_sample": False}
+    if allowed.timed:  # a process pays for its first request what no budget in time allows for
+        vlm.generate(pictures, asked.question, max_new_tokens=1, do_sample=False)
     answer = vlm.generate(pictures, asked.question, **options)
     warm = answer.timing.total_ms < _REPEAT_BELOW_MS
     if warm:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adallava.budget import Budget, Forecast, ResolvedBudget
@@ -65,8 +65,7 @@ def resolve_budgets(
     if config is not None:
         total, prefix = config.total_switches, config.prefix_switches
         for row in timed:
-            forecast = clock.forecast(budgets[row], k)
-            resolved[row] = ResolvedBudget(budgets[row], k, prefix, total, forecast)
+            resolved[row] = ResolvedBudget(budgets[row], k, prefix, total, _promise(budgets[row], clock, k))
     return resolved
 
 
@@ -143,6 +142,15 @@ def _largest_k(clock: _Clock, budgets: Sequence[Budget]) -> int:
         if least > budget.ms:
             raise _infeasible(budget, least, clock)
     return 0
+
+
+def _promise(budget: Budget, clock: _Clock, k: int) -> Forecast:
+    """The forecast with k, with a remark where it is no promise."""
+    forecast = clock.forecast(budget, k)
+    if forecast.upper_ms <= budget.ms:
+        return forecast
+    remarks = [text for text in (forecast.remark, "the budget may be exceeded") if text]
+    return replace(forecast, remark="; ".join(remarks))
 
 
 def _infeasible(budget: Budget, least: float, clock: _Clock) -> BudgetError:
