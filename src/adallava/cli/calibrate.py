@@ -54,7 +54,8 @@ def command(asked: CalibrateOptions, as_json: bool) -> None:
         profile = calibrate(vlm, asked.model, settings, progress=lambda share: bar.update(task, completed=share))
     path = profile_path(profile.fingerprint)
     if as_json:
-        print(json.dumps({**dataclasses.asdict(profile), "path": str(path), "typical": _typical(vlm, settings)}))
+        told = {"path": str(path), "typical": _typical(vlm, profile, settings)}
+        print(json.dumps({**dataclasses.asdict(profile), **told}))
         return
     console = Console(highlight=False)
     _show(console, vlm, profile, settings)
@@ -68,7 +69,7 @@ def _bar() -> Progress:
 
 
 def _show(console: Console, vlm: AdaptiveVLM, profile: DeviceProfile, settings: CalibrationSettings) -> None:
-    typical = _typical(vlm, settings)
+    typical = _typical(vlm, profile, settings)
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name, justify in (
         ("", "left"),
@@ -97,11 +98,10 @@ def _show(console: Console, vlm: AdaptiveVLM, profile: DeviceProfile, settings: 
     console.print(f"try: adallava run IMAGE QUESTION --model {profile.model} --budget '{middle:.3g} ms'")
 
 
-def _typical(vlm: AdaptiveVLM, settings: CalibrationSettings) -> dict[str, Any]:
+def _typical(vlm: AdaptiveVLM, profile: DeviceProfile, settings: CalibrationSettings) -> dict[str, Any]:
     """Bounds for a picture and a short question, with nothing but the prefix on and with everything on."""
     picture = settings.image or noise_picture(settings.seed)
     answer = ask(vlm, [Request(_QUESTION, picture)], settings.new_tokens)[0]
-    profile = vlm.profiles.get(vlm, vlm.token_selection, "100 ms").profile
     before = answer.timing.prepare_ms + answer.timing.selection_ms
     images = 0 if answer.timing.selection_ms > 0 and vlm.token_selection.place == "tower" else 1
     config = vlm.adaptive_config

@@ -58,12 +58,12 @@ class Forecaster:
 
     def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
-        foretold = self._forecast("prefill", self.profile.prefill, work)
+        foretold = self._forecast("prefill", work)
         return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
 
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""
-        return self._forecast("decode", self._decode_model(), work)
+        return self._forecast("decode", work)
 
     def plain_ms(self, stage: str, work: Work) -> float:
         """The profile's upper bound of "prefill" or "decode", without any correction."""
@@ -81,8 +81,8 @@ class Forecaster:
         if decode is not None and step_ms is not None and self.profile.decode is not None:
             self._corrections["decode"].observe(step_ms, self.profile.decode.forecast(decode))
 
-    def _forecast(self, stage: str, model: StageModel, work: Work) -> Forecast:
-        plain = model.forecast(work)
+    def _forecast(self, stage: str, work: Work) -> Forecast:
+        plain = self._model(stage).forecast(work)
         if not self.correct:
             return plain
         correction = self._corrections[stage]
@@ -92,9 +92,8 @@ class Forecaster:
         return Forecast(plain.ms * correction.level, plain.upper_ms * correction.bound, "; ".join(remarks) or None)
 
     def _model(self, stage: str) -> StageModel:
-        return self.profile.prefill if stage == "prefill" else self._decode_model()
-
-    def _decode_model(self) -> StageModel:
+        if stage == "prefill":
+            return self.profile.prefill
         if self.profile.decode is None:
             raise ProfileError(
                 f"the device profile of {self.profile.model} was made of first tokens only. Measure decoding too: "

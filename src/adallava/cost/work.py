@@ -6,6 +6,7 @@ the plan (how many layers a k touches, into how many slices its heads fall) is t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,11 +110,18 @@ def _layers_on(config: AdaptiveConfig | None, k: Sequence[int]) -> float:
     """Switchable layers in which at least one row has a switch on: the mean over plans drawn evenly, row by row."""
     if config is None:
         return 0.0
+    return config.tail_layers * (1 - math.prod(_layer_off(config, each) for each in k))
+
+
+# Asked for every k of every request with a budget in time; the binomials of many switches are long numbers.
+@functools.lru_cache(maxsize=4096)
+def _layer_off(config: AdaptiveConfig, k: int) -> float:
+    """Share of the plans of k switches that leave a given layer off."""
     total, each = config.max_k, config.switches_per_layer
-    off = math.prod(math.comb(total - each, some) / math.comb(total, some) for some in k)
-    return config.tail_layers * (1 - off)
+    return math.comb(total - each, k) / math.comb(total, k)
 
 
+@functools.lru_cache(maxsize=4096)
 def _layers_in_part(config: AdaptiveConfig | None, k: int) -> float:
     """Layers with some switches on and some off, which are computed slice by slice: the mean over plans of k."""
     if config is None or config.switches_per_layer == 1:
