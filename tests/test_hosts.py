@@ -220,13 +220,41 @@ def test_checkpointing_equals_none(host, variant):
 def test_random_budgets_are_drawn_over_all_k(host, variant):
     vlm = tiny_vlm(host, variant).train()
     batch, seen = training_batch(vlm), set()
-    vlm.request_state = lambda k, make=vlm.request_state: seen.update(k.tolist()) or make(k)
+    vlm.request_state = lambda k, make=vlm.request_state, **more: seen.update(k.tolist()) or make(k, **more)
     with torch.no_grad():
         vlm(**batch)
         vlm.model.forward = lambda **_: None  # the draws need no model
         for _ in range(12 * vlm.adaptive_config.max_k):
             vlm(**batch)
     assert seen == set(range(vlm.adaptive_config.max_k + 1))
+
+
+@pytest.mark.parametrize("variant", ["L", "H"])
+def test_what_a_seed_draws_does_not_depend_on_the_batch(variant):
+    vlm = tiny_vlm(variant=variant).train()
+    batch = training_batch(vlm)
+    seeds, states = torch.tensor([5, 6]), []
+    vlm.request_state = lambda k, make=vlm.request_state, **more: states.append(make(k, **more)) or states[-1]
+    with torch.no_grad():
+        vlm(**batch, seeds=seeds)
+        vlm(**{name: value.flip(0) for name, value in batch.items()}, seeds=seeds.flip(0))
+        for row in range(2):
+            vlm(**{name: value[[row]] for name, value in batch.items()}, seeds=seeds[[row]])
+        vlm(**batch, seeds=seeds + 10)
+    both, flipped, first, second, other = states
+    assert torch.equal(both.k, flipped.k.flip(0)) and torch.equal(both.gates, flipped.gates.flip(0))
+    assert torch.equal(both.gates, torch.cat((first.gates, second.gates)))
+    assert not torch.equal(both.k, other.k) or not torch.equal(both.gates, other.gates)
+
+
+def test_a_row_without_an_answer_is_a_prompt():
+    vlm = tiny_vlm().train()
+    batch = training_batch(vlm)
+    whole = batch["attention_mask"].sum(1)
+    batch["labels"][1] = -100
+    state = vlm.request_state(torch.tensor([1, 1]))
+    loss = vlm(**batch, ada_state=state).loss
+    assert state.latency_index[1] == whole[1] and state.latency_index[0] < whole[0] and loss.isfinite()
 
 
 @matrix

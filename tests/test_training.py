@@ -16,7 +16,7 @@ from adallava.mini.dataset import ConversationDataset, SceneData
 from adallava.training.fit import Interrupted, TrainConfig, fit
 from tiny import processor, tiny_base, tiny_vlm
 
-CONFIG = TrainConfig(steps=6, batch_size=2, save_every=2, log_every=1, in_order=True)
+CONFIG = TrainConfig(steps=6, batch_size=2, save_every=2, log_every=1, order="in_order")
 
 
 class Kill(TrainerCallback):
@@ -34,8 +34,8 @@ def train(variant, output, callbacks=(), mode="learned", config=CONFIG):
     vlm = tiny_base().train() if variant == "base" else tiny_vlm(variant=variant).train()
     vlm.mode = mode
     dataset = ConversationDataset(processor().tokenizer, SceneData(CONFIG.steps * CONFIG.batch_size), 2)
-    history = fit(vlm, dataset, Collator(processor().tokenizer.pad_token_id), config, output, list(callbacks))
-    return [h["loss"] for h in history if "loss" in h], vlm
+    outcome = fit(vlm, dataset, Collator(processor().tokenizer.pad_token_id), config, output, list(callbacks))
+    return [h["loss"] for h in outcome.history if "loss" in h], vlm
 
 
 @pytest.mark.parametrize(("variant", "muon"), [("L", None), ("H", 3e-3), ("base", 3e-3)])

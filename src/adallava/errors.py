@@ -39,6 +39,10 @@ class PromptError(AdaLlavaError, ValueError):
     """A prompt that cannot be turned into model input, such as one with a wrong number of image places."""
 
 
+class DataError(AdaLlavaError, ValueError):
+    """Training data that is not what its format promises."""
+
+
 class ProfileError(AdaLlavaError, ValueError):
     """A device profile that is missing, unreadable, of another model or device, or cannot be measured."""
 

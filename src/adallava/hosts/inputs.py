@@ -88,20 +88,16 @@ def rope_positions(model: Any, inputs: dict[str, Any], state: RequestState) -> T
 
 
 def latency_position(batch: int, tokens: int, mask: Tensor | None, labels: Tensor | None) -> Tensor:
-    """Where each row's latency token goes: int64 [B]."""
-    if labels is not None:
-        learned = labels != IGNORE_INDEX
-        # The last answer starts at the last learned token whose predecessor is not learned.
-        starts = learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]
-        if not bool(starts.any(1).all()):
-            row = int((~starts.any(1)).nonzero()[0, 0])
-            raise PromptError(f"row {row} has no answer in its labels. Leave out samples without an answer.")
-        return tokens - 1 - starts.flip(1).int().argmax(1)
-    if mask is None:
-        return torch.full((batch,), tokens)
-    if mask.dim() != 2:
+    """Where each row's latency token goes: int64 [B]. A row whose labels have no answer is a prompt."""
+    if mask is not None and mask.dim() != 2:
         raise PromptError(f"the attention mask is {list(mask.shape)}, expected [B, T] of zeros and ones.")
-    return tokens - mask.flip(1).int().argmax(1)
+    end = torch.full((batch,), tokens) if mask is None else tokens - mask.flip(1).int().argmax(1)
+    if labels is None:
+        return end
+    learned = labels != IGNORE_INDEX
+    # The last answer starts at the last learned token whose predecessor is not learned.
+    starts = learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]
+    return torch.where(starts.any(1), tokens - 1 - starts.flip(1).int().argmax(1), end.to(labels.device))
 
 
 def _insert(values: Tensor, index: Tensor, new: int) -> Tensor:

@@ -96,7 +96,7 @@ def load(
     return vlm
 
 
-def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
+def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool, weights: dict[str, Tensor] | None = None) -> None:
     """Write ``vlm`` into ``folder``; see ``AdaptiveVLM.save_pretrained``."""
     if adapter_only and (vlm.adaptive_config is None or vlm.adaptive_config.base_model is None):
         raise CheckpointError(
@@ -104,7 +104,7 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not adapter_only:
-        vlm.model.save_pretrained(folder)
+        vlm.model.save_pretrained(folder, state_dict=None if weights is None else _part(weights, "model."))
         if vlm.processor is not None:
             vlm.processor.save_pretrained(folder)
     if vlm.adaptive_config is None or vlm.scheduler is None:
@@ -113,10 +113,15 @@ def save(vlm: AdaptiveVLM, folder: Path, *, adapter_only: bool) -> None:
     if not adapter_only:
         config = replace(config, base_model=None)
     config.to_json_file(folder / CONFIG_FILE)
-    save_file({k: v.contiguous() for k, v in vlm.scheduler.state_dict().items()}, folder / WEIGHTS_FILE)
+    scheduler = vlm.scheduler.state_dict() if weights is None else _part(weights, "scheduler.")
+    save_file({k: v.contiguous() for k, v in scheduler.items()}, folder / WEIGHTS_FILE)
     for path in folder.glob("*.safetensors"):
         # safetensors makes files that only their owner can read; the config has the mode the user's umask asks for.
         shutil.copymode(folder / CONFIG_FILE, path)
+
+
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def resolve(name: str | Path) -> str:

@@ -33,6 +33,7 @@ from adallava.hosts.state import RequestState
 from adallava.hosts.switch import attach, detach, is_attached
 from adallava.hosts.visual import Selector, as_selector, check_selector, select_images
 from adallava.plan import ExecutionPlan
+from adallava.scheduling.sampling import row_noise
 from adallava.scheduling.scheduler import Mode, Scheduler
 from adallava.selection import describe_selector
 
@@ -83,11 +84,16 @@ class AdaptiveVLM(nn.Module):
         text_config = model.config.get_text_config()  # type: ignore[union-attr, operator]
         return cls(model, processor, AdaptiveConfig.from_model_config(text_config, variant=variant, **fields))
 
-    def save_pretrained(self, folder: str | Path, *, adapter_only: bool = False) -> None:
-        """Write a folder that ``from_pretrained`` reads; ``adapter_only`` leaves out the (named) base model."""
+    def save_pretrained(
+        self, folder: str | Path, *, adapter_only: bool = False, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write a folder that ``from_pretrained`` reads; ``adapter_only`` leaves out the (named) base model.
+
+        weights: the state dict to write instead of this model's own, whose weights may be spread over devices.
+        """
         from adallava.hosts.load import save
 
-        save(self, Path(folder), adapter_only=adapter_only)
+        save(self, Path(folder), adapter_only=adapter_only, weights=weights)
 
     def detach(self) -> nn.Module:
         """Give the base model back as it was; this object cannot be used afterwards."""
@@ -177,23 +183,39 @@ class AdaptiveVLM(nn.Module):
             defaults["cut"] = TokenCut(selector, self.spec.num_layers)
         return RequestState(self.scheduler, k, **{**defaults, **kwargs})
 
-    def forward(self, *, k: Tensor | None = None, ada_state: RequestState | None = None, **inputs: Any) -> Any:
+    def forward(
+        self,
+        *,
+        k: Tensor | None = None,
+        seeds: Tensor | None = None,
+        ada_state: RequestState | None = None,
+        **inputs: Any,
+    ) -> Any:
         """The host's forward under a budget; sequences come back one token longer, by the latency token.
 
         Where visual tokens are selected before the decoder, they come back shorter by those that were dropped.
 
         k: int64 [B], switches on per row. None: in training drawn uniformly from 0 to ``config.max_k`` for each row
             (the paper's random budgets), otherwise everything on. inputs: the host's, with ``labels`` in training.
+        seeds: int64 [B], in training one per row: its budget and its Gumbel noise are drawn from that alone, whatever
+            rows are beside it. None: from torch's own generator.
         """
         if self.adaptive_config is None and self.token_selection.name == "none":
             return self.model(**inputs)
         if ada_state is None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            if k is None:
-                full = self.adaptive_config.max_k if self.adaptive_config is not None else 0
-                # On the CPU, so that a seed draws the same budgets on every device.
-                k = torch.randint(full + 1, (len(tokens),)) if self.training else torch.full((len(tokens),), full)
-            ada_state = self.request_state(k)
+            full = self.adaptive_config.max_k if self.adaptive_config is not None else 0
+            noise = None
+            # Drawn on the CPU, so that a seed draws the same on every device.
+            if self.training and seeds is not None:
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+                drawn = torch.stack([torch.randint(full + 1, (), generator=generator) for generator in generators])
+                noise = row_noise(generators, tokens.device)
+            elif self.training:
+                drawn = torch.randint(full + 1, (len(tokens),))
+            else:
+                drawn = torch.full((len(tokens),), full)
+            ada_state = self.request_state(drawn if k is None else k, noise=noise)
         seed = int(torch.randint(2**31, ())) if self.training else 0
         inputs, images = select_images(self.model, inputs, self.token_selection, seed)
         if images is not None:

@@ -17,8 +17,8 @@ from adallava.mini.scenes import Scene, Split, render, sample_scene
 
 
 def to_pixels(picture: np.ndarray) -> torch.Tensor:
-    """[72, 72, 3] bytes -> float [3, 72, 72] in [-1, 1], exactly what the mini image processor makes of a scene."""
-    return torch.from_numpy(picture).permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    """[72, 72, 3] bytes -> float [1, 3, 72, 72] in [-1, 1], exactly what the mini image processor makes of a scene."""
+    return torch.from_numpy(picture).permute(2, 0, 1)[None].float().div_(127.5).sub_(1.0)
 
 
 @dataclass(frozen=True)

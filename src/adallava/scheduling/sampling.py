@@ -11,7 +11,7 @@ would tie, and the hard choice must not depend on that. Logits are [B, S] with S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -112,6 +112,19 @@ def gumbel_noise(device: torch.device, generator: torch.Generator | None = None)
         # An exponential draw can round to zero, whose logarithm is infinite.
         exponential.exponential_(generator=generator).clamp_(min=torch.finfo(torch.float32).tiny)
         return -exponential.log().to(device)
+
+    return draw
+
+
+def row_noise(generators: Sequence[torch.Generator], device: torch.device) -> NoiseSource:
+    """Return a source of Gumbel noise whose row b comes from ``generators[b]`` alone.
+
+    What a sample draws then depends neither on the samples beside it nor on the device that it trains on.
+    """
+    sources = [gumbel_noise(torch.device("cpu"), generator) for generator in generators]
+
+    def draw(part: str, pick: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.stack([source(part, pick, shape[1:]) for source in sources]).to(device)
 
     return draw
 

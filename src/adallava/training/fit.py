@@ -7,30 +7,42 @@ A stage writes checkpoints into ``<output>/checkpoints`` and, when it has ended,
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from adallava.training.optimizer import MuonAdamW
+from adallava.training.trainer import AdaptiveTrainer, Plain
 
 log = logging.getLogger(__name__)
+
+Order = Literal["random", "in_order", "by_length"]
+_STRATEGIES = {"random": "random", "in_order": "sequential", "by_length": "group_by_length"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage made."""
+
+    history: list[dict[str, Any]]
+    """What was logged: losses, learning rates, steps."""
+    weights: dict[str, Any] | None
+    """All weights, on the first process, where they are spread over devices; None where the model has them."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,10 +53,14 @@ class Interrupted(KeyboardInterrupt):
 class TrainConfig:
     """Settings of one stage.
 
-    ``in_order`` takes samples as the data set gives them instead of shuffling it. ``muon_learning_rate`` trains the
-    layers' matrices with Muon at that peak rate, and the rest with AdamW at ``learning_rate``; then
-    ``head_learning_rate`` is that of the scheduler's head. The head reads a residual stream without a norm, whose size
-    makes large steps of small ones: at the rate of the rest its choice is settled before anything was compared.
+    ``batch_size`` is that of one device and one pass; a step takes ``accumulate`` of them on each device.
+    ``order``: "random", "in_order" takes samples as the data set gives them, "by_length" groups them by its
+    ``lengths``. ``muon_learning_rate`` trains the layers' matrices with Muon at that peak rate, and the rest with AdamW
+    at ``learning_rate``; then ``head_learning_rate`` is that of the scheduler's head. The head reads a residual stream
+    without a norm, whose size makes large steps of small ones: at the rate of the rest its choice is settled before
+    anything was compared.
+    ``workers``: processes that load data. ``tensorboard``: write its logs into ``<output>/logs``. ``deepspeed``,
+    ``fsdp``: settings for several devices, as ``TrainingArguments`` takes them; ``fsdp`` is its ``fsdp_config``.
     """
 
     steps: int
@@ -59,15 +75,24 @@ class TrainConfig:
     log_every: int = 20
     gradient_checkpointing: bool = False
     bf16: bool = False
-    in_order: bool = False
+    order: Order = "random"
     muon_learning_rate: float | None = None
     head_learning_rate: float | None = None
+    accumulate: int = 1
+    workers: int = 0
+    tensorboard: bool = False
+    deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
 
     def to_arguments(self, output: Path) -> TrainingArguments:
         """The equivalent ``TrainingArguments``."""
-        checkpointing: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if self.gradient_checkpointing:
-            checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+            more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        if self.deepspeed is not None:
+            more["deepspeed"] = self.deepspeed
+        if self.fsdp is not None:
+            more |= {"fsdp": True, "fsdp_config": self.fsdp}
         return TrainingArguments(
             output_dir=str(output / "checkpoints"),
             max_steps=self.steps,
@@ -82,14 +107,17 @@ class TrainConfig:
             save_steps=self.save_every,
             save_total_limit=2,
             logging_steps=self.log_every,
+            gradient_accumulation_steps=self.accumulate,
             bf16=self.bf16,
             use_cpu=not torch.cuda.is_available(),
-            train_sampling_strategy="sequential" if self.in_order else "random",
+            train_sampling_strategy=_STRATEGIES[self.order],
             remove_unused_columns=False,
+            dataloader_num_workers=self.workers,
+            dataloader_persistent_workers=self.workers > 0,
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
-            report_to="none",
-            **checkpointing,
+            report_to="tensorboard" if self.tensorboard else "none",
+            **more,
         )
 
 
@@ -119,48 +147,6 @@ class _StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
 
-class _Plain(nn.Module):
-    """Hides that a model is transformers' own, so that Trainer saves and loads its state dict as it is.
-
-    For a transformers model Trainer writes checkpoints under the names of the published format, which differ from the
-    module's for LLaVA; resuming then finds no key, warns, and goes on with random weights.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Any) -> Any:
-        """The model's forward."""
-        return self.model(**inputs)
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """As on the model."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-
-class _MuonTrainer(Trainer):
-    """A Trainer whose optimizer is ``MuonAdamW``."""
-
-    muon_learning_rate: float | None
-    head_learning_rate: float | None
-    optimizer: Any
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Called by Trainer once, before training."""
-        if self.optimizer is None and self.muon_learning_rate is not None:
-            args = self.args
-            self.optimizer = MuonAdamW(
-                self.model,
-                self.muon_learning_rate,
-                args.learning_rate,
-                args.adam_beta2,
-                args.weight_decay,
-                self.head_learning_rate,
-            )
-        return self.optimizer
-
-
 @contextlib.contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
     """Keep the host from filling a KV cache that nobody reads, for a while; a tower's config knows no cache."""
@@ -183,30 +169,48 @@ def fit(
     config: TrainConfig,
     output: Path,
     callbacks: list[TrainerCallback] | None = None,
-) -> list[dict[str, Any]]:
-    """Train for ``config.steps`` steps, continuing from the last checkpoint in ``output`` if there is one.
+) -> Outcome:
+    """Train for ``config.steps`` steps, continuing from the last whole checkpoint in ``output`` if there is one.
 
-    Returns the log history. Raises ``Interrupted`` after Ctrl-C, with the checkpoint written.
+    Raises ``Interrupted`` after Ctrl-C, with the checkpoint written.
     """
     output.mkdir(parents=True, exist_ok=True)
     stop = _StopOnInterrupt()
-    trainer = (Trainer if config.muon_learning_rate is None else _MuonTrainer)(
-        model=_Plain(model) if isinstance(model, PreTrainedModel) else model,
+    trainer = AdaptiveTrainer(
+        model=Plain(model) if isinstance(model, PreTrainedModel) else model,
         args=config.to_arguments(output),
         train_dataset=dataset,
         data_collator=collator,
         callbacks=[stop, *(callbacks or [])],
     )
     trainer.remove_callback(PrinterCallback)  # it prints dictionaries to stdout; callers bring their own progress
-    if isinstance(trainer, _MuonTrainer):
-        trainer.muon_learning_rate = config.muon_learning_rate
-        trainer.head_learning_rate = config.head_learning_rate
+    trainer.muon_learning_rate = config.muon_learning_rate
+    trainer.head_learning_rate = config.head_learning_rate
     checkpoints = output / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = last_checkpoint(checkpoints)
     if last is not None:
         log.info("continuing from %s", last)
     with _without_cache(model):
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     if stop.asked:
         raise Interrupted(f"stopped; the state is in {checkpoints}: start again to go on")
-    return list(trainer.state.log_history)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    return Outcome(list(trainer.state.log_history), weights)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end, or None.
+
+    Trainer writes ``trainer_state.json`` last, so that a checkpoint during which the process was killed lacks it.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
