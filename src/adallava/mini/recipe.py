@@ -37,23 +37,20 @@ PREFIX_LAYERS = LAYERS // 2
 # With random batches colours and places alone tell scenes apart, and the tower never learns a digit (tried). So a
 # batch is eight layouts with one scene for each of the fifteen kinds.
 TWINS = len(KINDS)
-TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05, in_order=True)
+TOWER = TrainConfig(steps=1000, batch_size=8 * TWINS, learning_rate=1e-3, warmup_frac=0.05, order="in_order")
 CAPTIONS = TrainConfig(
-    steps=600, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, in_order=True
+    steps=600, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, warmup_frac=0.05, order="in_order"
 )
-QUESTIONS = TrainConfig(steps=2400, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, in_order=True)
+QUESTIONS = TrainConfig(steps=2400, batch_size=32, learning_rate=1.5e-3, muon_learning_rate=4e-3, order="in_order")
 QUESTIONS_PER_SCENE = 10
-# In the adaptive stage the plan follows the last question, as at inference, so fewer others should dilute it.
+# In the adaptive stage the plan follows the last question, as at inference. With three questions to a scene, so that
+# others dilute it less, what the base model had learned of reading was half lost (docs/LOG.md).
 ADAPTIVE = TrainConfig(
-    steps=1600,
-    batch_size=32,
-    learning_rate=8e-4,
-    muon_learning_rate=2e-3,
-    head_learning_rate=4e-5,
-    warmup_frac=0.05,
-    in_order=True,
+    steps=1600, batch_size=32, learning_rate=8e-4, muon_learning_rate=2e-3, warmup_frac=0.05, order="in_order"
 )
-ADAPTIVE_QUESTIONS = 3
+ADAPTIVE_QUESTIONS = 8
+# Slow enough that the choice is open while layers are compared, fast enough that it is made before the stage ends.
+HEAD_LEARNING_RATES = {"L": 1.5e-4, "H": 4e-5}
 HEADS_PER_SWITCH = 1
 
 Callbacks = list[TrainerCallback] | None
@@ -162,7 +159,7 @@ def train_adaptive(
         fields["heads_per_switch"] = HEADS_PER_SWITCH
     vlm = AdaptiveVLM.adapt(model, processor, variant=variant, prefix_layers=PREFIX_LAYERS, **fields)
     vlm.mode = mode
-    config = scaled(ADAPTIVE, scale)
+    config = replace(scaled(ADAPTIVE, scale), head_learning_rate=HEAD_LEARNING_RATES[variant])
     data = SceneData(config.steps * config.batch_size, seed=3)
     dataset = ConversationDataset(processor.tokenizer, data, ADAPTIVE_QUESTIONS)
     fit(vlm, dataset, Collator(processor.tokenizer.pad_token_id, mask_padding=False), config, output, callbacks)
