@@ -19,7 +19,7 @@ from adallava.cli.main import app
 from adallava.cli.sweep import print_tables, split_selections
 from adallava.evaluation import sweep as sweep_module
 from adallava.hosts.model import AdaptiveVLM
-from adallava.mini.questions import FAMILIES
+from adallava.mini.questions import FAMILIES, SHOWN, rich_scene
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.results import read_rows
 from tiny import processor, tiny_base, tiny_vlm
@@ -277,11 +277,11 @@ def test_demo(root, tmp_path, quick):
     out = tmp_path / "report.html"
     result = call("demo", *models(root), "--budgets", "100%,67%", "--out", out, "--seed", 4)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.count("right answer: ") == len(demo_module.ASKED)
-    assert result.stdout.count("67%") == 2 * len(demo_module.ASKED)
+    assert result.stdout.count("right answer: ") == len(SHOWN)
+    assert result.stdout.count("67%") == 2 * len(SHOWN)
     assert "■■■│" in result.stdout
     page = out.read_text(encoding="utf-8")
-    assert page.count("<tr") == len(demo_module.ASKED) * (1 + 5)
+    assert page.count("<tr") == len(SHOWN) * (1 + 5)
     assert page.index("base") < page.index(">L<")  # the base model comes first
     assert "seed 4" in page
 
@@ -299,9 +299,9 @@ def test_demo_on_the_users_image_and_questions(root, tmp_path, quick):
 
 
 def test_demo_questions_are_the_seeds():
-    scene, questions = demo_module._scene(7)
-    assert [q.family for q in questions] == list(demo_module.ASKED)
-    assert (scene, questions) == demo_module._scene(7) != demo_module._scene(8)
+    scene, questions = rich_scene(7)
+    assert [q.family for q in questions] == list(SHOWN)
+    assert (scene, questions) == rich_scene(7) != rich_scene(8)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
 from adallava.evaluation import minibench
 from adallava.evaluation.minibench import LONGEST, TaskSettings, max_new_tokens, run_task
+from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES, benchmark
@@ -20,7 +21,8 @@ from tiny import processor, tiny_base, tiny_vlm
 
 
 def settings(task="open", budget="67%", mode="learned", limit=6, batch_size=64):
-    return TaskSettings(task, Budget.parse(budget), mode, 0, limit, batch_size)
+    chosen = None if mode is None else PlanMode.parse(mode)
+    return TaskSettings(task, Budget.parse(budget), chosen, 0, limit, batch_size)
 
 
 @pytest.fixture(scope="module")

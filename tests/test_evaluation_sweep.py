@@ -39,7 +39,7 @@ def counted(monkeypatch):
     asked, real = [], sweep_module.run_task
 
     def run_task(vlm, settings, on_batch=None):
-        asked.append((settings.task, str(settings.budget), settings.mode, settings.token_selection))
+        asked.append((settings.task, str(settings.budget), str(settings.mode), settings.token_selection))
         return real(vlm, settings, on_batch)
 
     monkeypatch.setattr(sweep_module, "run_task", run_task)

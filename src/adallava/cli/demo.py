@@ -24,17 +24,15 @@ from adallava.errors import BudgetError, ConfigError
 from adallava.hosts.answer import Answer
 from adallava.hosts.images import load_image
 from adallava.hosts.model import AdaptiveVLM
-from adallava.mini.questions import DESCRIBE, FAMILIES, Question
-from adallava.mini.scenes import Scene, sample_scene, to_image
+from adallava.mini.questions import DESCRIBE, Question, rich_scene
+from adallava.mini.scenes import to_image
 from adallava.mini.scoring import score
 from adallava.plots.report import Report, Row, Section, write_report
 from adallava.plots.units import flops_text, ms_text, share_text
 
-ASKED = ("reading", "open", "relation", "presence")
 MAX_NEW_TOKENS = 32
 REPETITIONS = 5
 _TIME_LIMIT_S = 25.0
-_ENOUGH_OBJECTS, _ENOUGH_DIGITS = 5, 2
 _LARGEST_SIDE = 800
 _LONGEST_ANSWER = 60
 _WIDE = 100
@@ -103,25 +101,12 @@ def _subject(options: DemoOptions) -> _Subject:
         standard = ("what numbers are there ?", "how many red things are there ?", DESCRIBE)
         questions = own or tuple(Question("", text, "") for text in standard)
         return _Subject(load_image(options.image), options.image.name, questions, drawn=False)
-    scene, questions = _scene(options.seed)
+    scene, questions = rich_scene(options.seed)
     caption = (
         f"Test scene drawn from seed {options.seed}, with real handwritten digits that no training scene showed: "
         f"{scene.describe().replace(' ,', ',')}."
     )
     return _Subject(to_image(scene), caption, own or questions, drawn=True)
-
-
-def _scene(seed: int) -> tuple[Scene, tuple[Question, ...]]:
-    """The first test scene of the seed that is rich enough for a question of each family."""
-    index = 0
-    while True:
-        scene = sample_scene("test", seed, index)
-        rng = random.Random(f"adallava-demo/{seed}/{index}")
-        questions = [FAMILIES[family](scene, rng) for family in ASKED]
-        digits = sum(thing.is_digit for thing in scene.objects)
-        if len(scene.objects) >= _ENOUGH_OBJECTS and digits >= _ENOUGH_DIGITS and all(questions):
-            return scene, tuple(question for question in questions if question is not None)
-        index += 1
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------

@@ -102,7 +102,10 @@ def sweep(
     seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 0,
     limit: Annotated[int, typer.Option(help="Questions per task.")] = 1000,
     mode: Annotated[
-        str, typer.Option(help="Who decides the plans: learned, random, static; several with commas.")
+        str,
+        typer.Option(
+            help="Who decides the plans: learned, random, random:1 for another draw, static; several with commas."
+        ),
     ] = "learned",
     token_selection: Annotated[
         list[str] | None,
@@ -126,20 +129,39 @@ def sweep(
 
     modes = tuple(part.strip() for part in mode.split(","))
     selections = tuple(part for text in token_selection for part in split_selections(text)) if token_selection else None
-    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out, selections)  # type: ignore[arg-type]
+    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out, selections)
     command(models, settings, as_json)
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="mini makes all shipped models; an unknown name lists the others.")],
-    out: Annotated[Path, typer.Option(help="Folder for the models and their checkpoints.")],
-    scale: Annotated[float, typer.Option(help="Share of the recipe's steps, for a quick look.")] = 1.0,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="mini makes all shipped models, llava-1.5-7b-L is the paper's; or a .json file of your own. An "
+            "unknown name lists them all."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the model and its checkpoints.", show_default="required")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="LLaVA conversations, .json or .jsonl.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder that the images' names are relative to.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field of the recipe, 'learning_rate=2e-5'; may be given several times."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes, steps, memory and FLOPs, and train nothing.")
+    ] = False,
+    devices: Annotated[int, typer.Option(help="Devices that a dry run reckons with.")] = 8,
+    scale: Annotated[float, typer.Option(help="Mini recipes: share of the steps, for a quick look.")] = 1.0,
 ) -> None:
     """Train models by a recipe. Ctrl-C stops at a checkpoint, and the same command goes on from there."""
+    from adallava.cli.train import TrainOptions
     from adallava.cli.train import train as command
 
-    command(recipe, out, scale)
+    command(TrainOptions(recipe, out, data, images, tuple(changes or ()), dry_run, devices, scale))
 
 
 @app.command()
@@ -270,8 +292,49 @@ def table_b(
 
 
 @app.command()
+def reproduce(
+    what: Annotated[
+        list[str],
+        typer.Argument(help="all, or some of: table-a, table-b, table-c, content, fig-a to fig-g."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results, tables, figures and the page.")] = Path("reproduction"),
+    limit: Annotated[int, typer.Option(help="Questions per task and run.")] = 300,
+    seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 1,
+    models: Annotated[
+        Path | None, typer.Option(help="Folder of 'adallava train' with controls and models under token selection.")
+    ] = None,
+    training: Annotated[Path | None, typer.Option(help="training.json of a run, for fig-a.")] = None,
+) -> None:
+    """Make the paper's tables and figures in miniature from the mini models; a stopped run goes on where it was."""
+    from adallava.cli.reproduce import ReproduceOptions
+    from adallava.cli.reproduce import reproduce as command
+
+    command(ReproduceOptions(tuple(what), out, limit, seed, models, training))
+
+
+@app.command()
+def explain(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    questions: Annotated[list[str], typer.Argument(help="What to ask; several to compare where it looks.")],
+    budget: Annotated[str, typer.Option(help="Share of the full model's compute, '60%'.")] = "100%",
+    model: Annotated[str, typer.Option(help="mini-L, mini-H, a checkpoint folder or a hub id.")] = "mini-L",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and the page.")] = Path("explained"),
+    as_json: Json = False,
+) -> None:
+    """Show the plan of a request and where its latency token looks: as pictures, a page and numbers."""
+    from adallava.cli.explain import ExplainOptions
+    from adallava.cli.explain import explain as command
+
+    command(ExplainOptions(image, tuple(questions), budget, model, out), as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Check the installation: packages, device, shipped models. Exits with status 1 if something fails."""
     from adallava.cli.doctor import doctor as command
 
     command(as_json)
+
+
+if __name__ == "__main__":  # so that torchrun can start it
+    app()

@@ -29,7 +29,7 @@ _NUMBER_WIDTH = len("100.0")
 def sweep(models: Sequence[str], settings: SweepSettings, as_json: bool) -> None:
     """Run a sweep and print its rows; ``Stopped`` says after Ctrl-C how to go on."""
     try:
-        with _Bar() as bar:
+        with SweepBar() as bar:
             rows = run_sweep(models, settings, bar)
     except KeyboardInterrupt as error:
         raise Stopped(_how_to_go_on(settings)) from error
@@ -173,7 +173,7 @@ def _warn_of_failures(rows: Sequence[ResultRow]) -> None:
         )
 
 
-class _Bar(Listener):
+class SweepBar(Listener):
     """A progress bar on a terminal, and a line per finished task in a log."""
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class _Bar(Listener):
         )
         self.task = self.progress.add_task("checking", total=None)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> SweepBar:
         self.progress.start()
         return self
 
@@ -202,18 +202,23 @@ class _Bar(Listener):
         self.progress.stop()
 
     def on_total(self, questions: int) -> None:
+        """Set the length of the bar."""
         self.progress.update(self.task, total=questions)
 
     def on_model(self, model: str) -> None:
+        """Name the model that is loaded."""
         self.progress.update(self.task, description=f"loading {model}")
 
     def on_questions(self, count: int) -> None:
+        """Move the bar."""
         self.progress.advance(self.task, count)
 
     def on_row(self, row: ResultRow) -> None:
+        """Name what comes next, and print a line."""
         metrics, name = row.metrics, _run_name(row)
         self.progress.update(self.task, description=name)
         self.on_note(f"{name} {row.name}: {100 * metrics['accuracy']:.1f} ± {100 * metrics['interval']:.1f} %")
 
     def on_note(self, text: str) -> None:
+        """Print a line above the bar."""
         self.progress.console.print(text, style="dim", markup=False, soft_wrap=True)

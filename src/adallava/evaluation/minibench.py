@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from adallava.budget import Budget
+from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
 from adallava.hosts.answer import Answer
 from adallava.hosts.model import AdaptiveVLM
@@ -24,7 +22,6 @@ from adallava.hosts.prompts import Request
 from adallava.mini.questions import FAMILIES, Item, benchmark
 from adallava.mini.scenes import to_image
 from adallava.mini.scoring import score
-from adallava.scheduling.scheduler import Mode
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ class TaskSettings:
 
     task: str
     budget: Budget
-    mode: Mode | None
+    mode: PlanMode | None
     """Who decides the plans; None for a base model."""
     seed: int
     limit: int
@@ -82,10 +79,13 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: Callable[[int],
     """
     config = vlm.adaptive_config
     run = TaskRun(plans=None if config is None else PlanCounts.for_config(config))
-    options = {**_options(vlm, settings), "max_new_tokens": max_new_tokens(vlm, settings.task)}
+    # A hub checkpoint may come with sampling switched on; a benchmark decodes greedily.
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "token_selection": settings.token_selection}
+    options["max_new_tokens"] = max_new_tokens(vlm, settings.task)
+    ask = _Answering(vlm, settings, options)
     for items in _batches(benchmark(settings.task, settings.seed, settings.limit), settings.batch_size):
         requests = [Request(i.question.text, to_image(i.scene), budget=settings.budget) for i in items]
-        answers = _answers(vlm, requests, options)
+        answers = ask(requests)
         if errors := [answer for answer in answers if isinstance(answer, Exception)]:
             if len(errors) == len(items):
                 raise errors[0]
@@ -102,31 +102,37 @@ def max_new_tokens(vlm: AdaptiveVLM, task: str) -> int:
     return len(vlm.processor.tokenizer(LONGEST[task], add_special_tokens=False)["input_ids"]) + 1
 
 
-def _options(vlm: AdaptiveVLM, settings: TaskSettings) -> dict[str, Any]:
-    # A hub checkpoint may come with sampling switched on; a benchmark decodes greedily.
-    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "token_selection": settings.token_selection}
-    if settings.mode is not None:
-        # Random plans must be the same after a restart, so each task has noise of its own.
-        noise = zlib.crc32(f"{settings.task}/{settings.budget}/{settings.seed}".encode())
-        options |= {"mode": settings.mode, "generator": torch.Generator().manual_seed(noise)}
-    return options
-
-
 def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
     while batch := list(itertools.islice(items, size)):
         yield batch
 
 
-def _answers(vlm: AdaptiveVLM, requests: Sequence[Request], options: dict[str, Any]) -> list[Answer | Exception]:
-    """One answer or error per request."""
-    try:
-        return list(vlm.generate_batch(requests, **options))
-    except Exception as error:  # whatever a sample can cause; it is reported, see run_task
-        if len(requests) == 1:
-            return [error]
-        log.warning("a batch of %d failed (%s: %s): trying its halves", len(requests), type(error).__name__, error)
-        middle = len(requests) // 2
-        return _answers(vlm, requests[:middle], options) + _answers(vlm, requests[middle:], options)
+class _Answering:
+    """Answers batches of one task; random plans go on from batch to batch."""
+
+    def __init__(self, vlm: AdaptiveVLM, settings: TaskSettings, options: dict[str, Any]) -> None:
+        self.vlm, self.settings, self.options = vlm, settings, options
+        self.generator: Any = None
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer | Exception]:
+        """One answer or error per request."""
+        try:
+            return list(self.vlm.generate_batch(requests, **self.options, **self._plans(len(requests))))
+        except Exception as error:  # whatever a sample can cause; it is reported, see run_task
+            if len(requests) == 1:
+                return [error]
+            log.warning("a batch of %d failed (%s: %s): trying its halves", len(requests), type(error).__name__, error)
+            middle = len(requests) // 2
+            return self(requests[:middle]) + self(requests[middle:])
+
+    def _plans(self, rows: int) -> dict[str, Any]:
+        config, settings = self.vlm.adaptive_config, self.settings
+        if settings.mode is None or config is None:
+            return {}
+        options = settings.mode.options(config, rows, f"{settings.task}/{settings.budget}/{settings.seed}")
+        if "generator" in options:
+            self.generator = options["generator"] = self.generator or options["generator"]
+        return options
 
 
 def _take(run: TaskRun, item: Item, answer: Answer | Exception) -> None:

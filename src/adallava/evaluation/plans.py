@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from adallava.config import AdaptiveConfig
-from adallava.plan import ExecutionPlan
+from adallava.plan import ExecutionPlan, expand_tail
 
 
 @dataclass
@@ -67,6 +68,15 @@ class PlanCounts:
     def from_dict(cls, data: dict[str, Any]) -> PlanCounts:
         """Inverse of ``to_dict``."""
         return cls(tuple(data["shape"]), Counter(data["counts"]))
+
+    def plan_of(self, key: str, config: AdaptiveConfig) -> ExecutionPlan:
+        """The plan, B = 1, that is counted under ``key``; ``ValueError`` for a key of another shape."""
+        size = int(np.prod(self.shape))
+        if len(bytes.fromhex(key)) != (size + 7) // 8:
+            raise ValueError(f"expected {2 * ((size + 7) // 8)} hexadecimal digits")
+        bits = torch.from_numpy(self._bits(key)).bool()
+        tail = bits if len(self.shape) == 3 else bits[:, None, None].expand(-1, 2, config.groups)
+        return ExecutionPlan(expand_tail(tail[None], config), config)
 
     def _bits(self, key: str) -> NDArray[np.float64]:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(key), np.uint8), count=int(np.prod(self.shape)))

@@ -17,8 +17,9 @@ import torch
 
 from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
-from adallava.errors import ConfigError, did_you_mean
+from adallava.errors import ConfigError
 from adallava.evaluation.minibench import TaskRun, TaskSettings, run_task
+from adallava.evaluation.modes import NO_MODE, PlanMode
 from adallava.evaluation.plans import PlanCounts
 from adallava.evaluation.preflight import check_budgets, check_selections, preflight
 from adallava.evaluation.store import Key, RowStore
@@ -26,12 +27,9 @@ from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES
 from adallava.mini.scoring import mean_and_interval
 from adallava.results import ResultRow, provenance
-from adallava.scheduling.scheduler import MODES, Mode
 from adallava.selection import describe_selector, parse_selector
 
 MEAN = "mean"
-NO_MODE = "none"
-"""What stands in the mode of a base model's rows: it has no plan to decide."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class SweepSettings:
     """Which test scenes are drawn."""
     limit: int = 1000
     """Questions per family."""
-    modes: tuple[Mode, ...] = ("learned",)
-    """Who decides the plans: "learned", or the baselines "random" and "static"."""
+    modes: tuple[str, ...] = ("learned",)
+    """Who decides the plans: "learned", or a baseline, see ``PlanMode``."""
     batch_size: int = 64
     """Questions that are answered together."""
     out: Path | None = None
@@ -59,9 +57,7 @@ class SweepSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}, expected a whole number of {least} or more.")
-        for mode in self.modes:
-            if mode not in MODES:
-                raise ConfigError(f"mode {mode!r} is not known.{did_you_mean(mode, MODES)} Known: {', '.join(MODES)}.")
+        object.__setattr__(self, "modes", tuple(str(PlanMode.parse(mode)) for mode in self.modes))
         if self.token_selections is not None:
             selections = tuple(describe_selector(parse_selector(text)) for text in self.token_selections)
             object.__setattr__(self, "token_selections", selections)
@@ -131,13 +127,16 @@ def flat(row: ResultRow) -> dict[str, Any]:
     return {**row.config, "task": row.name, **metrics, "provenance": row.provenance}
 
 
-def _runs(config: AdaptiveConfig | None, settings: SweepSettings) -> Iterator[tuple[str | None, Budget, Mode | None]]:
+def _runs(
+    config: AdaptiveConfig | None, settings: SweepSettings
+) -> Iterator[tuple[str | None, Budget, PlanMode | None]]:
     """Token selection, None for the model's own; budget; and mode of each run of a model."""
     for selection in settings.token_selections or (None,):
         if config is None:
             yield selection, Budget.parse(1), None
         else:
-            yield from ((selection, budget, mode) for mode in settings.modes for budget in settings.budgets)
+            modes = [PlanMode.parse(mode) for mode in settings.modes]
+            yield from ((selection, budget, mode) for mode in modes for budget in settings.budgets)
 
 
 # -- one model --------------------------------------------------------------------------------------------------------
@@ -155,7 +154,7 @@ def _sweep_model(
     weights = weights_digest(vlm)
     for selection, budget, mode in _runs(config, settings):
         selected = selection or describe_selector(vlm.token_selection)
-        common = {"model": label, "budget": str(budget), "mode": mode or NO_MODE, "token_selection": selected}
+        common = {"model": label, "budget": str(budget), "mode": str(mode or NO_MODE), "token_selection": selected}
         made_with = {"seed": settings.seed, "limit": settings.limit, "weights": weights}
         rows = []
         for task in FAMILIES:

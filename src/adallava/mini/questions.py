@@ -7,6 +7,7 @@ matches it.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -177,6 +178,23 @@ def benchmark(family: str, seed: int, limit: int, split: Split = "test") -> Iter
         if question is not None:
             found += 1
             yield Item(scene, question)
+
+
+SHOWN = ("reading", "open", "relation", "presence")
+"""Families of which a picture is shown with a question."""
+_RICH_OBJECTS, _RICH_DIGITS = 5, 2
+
+
+def rich_scene(seed: int) -> tuple[Scene, tuple[Question, ...]]:
+    """The first test scene of a seed that has a lot to see, and a question about it of each family in ``SHOWN``."""
+    for index in itertools.count():
+        scene = sample_scene("test", seed, index)
+        rng = random.Random(f"adallava-demo/{seed}/{index}")
+        questions = [FAMILIES[family](scene, rng) for family in SHOWN]
+        digits = sum(thing.is_digit for thing in scene.objects)
+        if len(scene.objects) >= _RICH_OBJECTS and digits >= _RICH_DIGITS and all(questions):
+            return scene, tuple(question for question in questions if question is not None)
+    raise AssertionError("itertools.count() does not end")
 
 
 def vocabulary() -> list[str]:
