@@ -13,6 +13,7 @@ from adallava.data.collate import Collator
 from adallava.errors import UnknownNameError
 from adallava.mini import recipe
 from adallava.mini.dataset import ConversationDataset, SceneData
+from adallava.results import read_rows
 from adallava.training.fit import Interrupted, TrainConfig, fit
 from tiny import processor, tiny_base, tiny_vlm
 
@@ -83,11 +84,13 @@ def test_the_schedulers_head_has_a_rate_of_its_own(tmp_path):
 def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "TOWER", replace(recipe.TOWER, batch_size=6))
     for stage in ("CAPTIONS", "QUESTIONS", "ADAPTIVE"):
-        monkeypatch.setattr(recipe, stage, replace(getattr(recipe, stage), batch_size=2))
+        monkeypatch.setattr(recipe, stage, replace(getattr(recipe, stage), batch_size=2, log_every=1))
     scale = 1e-9  # two steps a stage
     recipe.run("mini", tmp_path, scale)
     made = {p.name for p in tmp_path.iterdir()}
     assert made == {"tower", "mini-base-captions", "mini-base", "mini-L", "mini-H"}
+    history = read_rows(tmp_path / "mini-L" / "training.json")
+    assert [row.metrics["step"] for row in history] == [1, 2] and all(row.metrics["loss"] > 0 for row in history)
     stamp = (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns
     recipe.run("mini-L", tmp_path, scale)
     assert (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns == stamp, "a finished stage is not repeated"

@@ -30,7 +30,7 @@ from adallava.mini.build import build_processor, clip_config, llava_config
 from adallava.mini.dataset import ConversationDataset, DescriptionDataset, SceneData
 from adallava.mini.questions import FAMILIES, KINDS
 from adallava.scheduling.scheduler import Mode
-from adallava.training.fit import TrainConfig, fit
+from adallava.training.fit import TrainConfig, fit, write_history
 
 LAYERS = 12
 PREFIX_LAYERS = LAYERS // 2
@@ -162,8 +162,11 @@ def train_adaptive(
     config = replace(scaled(ADAPTIVE, scale), head_learning_rate=HEAD_LEARNING_RATES[variant])
     data = SceneData(config.steps * config.batch_size, seed=3)
     dataset = ConversationDataset(processor.tokenizer, data, ADAPTIVE_QUESTIONS)
-    fit(vlm, dataset, Collator(processor.tokenizer.pad_token_id, mask_padding=False), config, output, callbacks)
+    collator = Collator(processor.tokenizer.pad_token_id, mask_padding=False)
+    outcome = fit(vlm, dataset, collator, config, output, callbacks)
     vlm.save_pretrained(output)
+    about = {"variant": variant, "mode": mode, "token_selection": token_selection, "steps": config.steps}
+    write_history(outcome.history, about, config.seed, output)
     return output
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,10 +27,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from adallava.results import ResultRow, provenance, write_json
 from adallava.training.trainer import AdaptiveTrainer, Plain
 
 log = logging.getLogger(__name__)
 
+HISTORY = "training.json"
+"""The losses of a stage with their provenance, a result file beside the model."""
 Order = Literal["random", "in_order", "by_length"]
 _STRATEGIES = {"random": "random", "in_order": "sequential", "by_length": "group_by_length"}
 
@@ -197,6 +200,14 @@ def fit(
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     return Outcome(list(trainer.state.log_history), weights)
+
+
+def write_history(history: Sequence[dict[str, Any]], about: dict[str, Any], seed: int, output: Path) -> None:
+    """Write the losses of a stage as a result file, one row per logged step; ``about`` says what was trained."""
+    origin = provenance(device="cuda:0" if torch.cuda.is_available() else "cpu", seed=seed)
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    losses = [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]
+    write_json(output / HISTORY, [ResultRow("train", metrics, about, origin) for metrics in losses], overwrite=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

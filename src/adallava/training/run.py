@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,14 @@ from adallava.data.collate import Collator
 from adallava.data.llava_json import Conversation, missing_images, read_llava_json
 from adallava.errors import ConfigError, DataError
 from adallava.hosts.model import AdaptiveVLM
-from adallava.results import ResultRow, provenance, write_json
 from adallava.training.blank import blank_sample
 from adallava.training.dataset import LlavaDataset
-from adallava.training.fit import TrainConfig, fit
+from adallava.training.fit import HISTORY, TrainConfig, fit, write_history
 from adallava.training.parts import choose_trainable, merge_adapters
 from adallava.training.recipes import TrainRecipe
 
 log = logging.getLogger(__name__)
 
-HISTORY = "training.json"
-"""The losses of a run with their provenance, a result file beside the model."""
 UNUSABLE = "unusable.jsonl"
 """Samples that were left out, and why."""
 
@@ -76,7 +72,8 @@ def train_recipe(
         merge_adapters(adapters)
     if is_first_process():
         vlm.save_pretrained(output, weights=outcome.weights)
-        write_history(recipe, config, outcome.history, output)
+        about = {"recipe": recipe.about, "model": recipe.model, "steps": config.steps, "devices": _devices()}
+        write_history(outcome.history, about, config.seed, output)
     return output
 
 
@@ -184,16 +181,6 @@ def prepare(vlm: AdaptiveVLM, recipe: TrainRecipe) -> AdaptiveVLM:
             "Pass a base model, or leave the variant out."
         )
     return vlm
-
-
-def write_history(recipe: TrainRecipe, config: TrainConfig, history: Sequence[dict[str, Any]], output: Path) -> None:
-    """Write the losses of a run as a result file: one row per logged step."""
-    origin = provenance(device="cuda:0" if torch.cuda.is_available() else "cpu", seed=config.seed)
-    settings = {"recipe": recipe.about, "model": recipe.model, "steps": config.steps, "devices": _devices()}
-    names = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    losses = [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]
-    rows = [ResultRow("train", metrics, settings, origin) for metrics in losses]
-    write_json(output / HISTORY, rows, overwrite=True)
 
 
 def is_first_process() -> bool:
