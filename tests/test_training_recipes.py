@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fsdp_worker
 from adallava import AdaptiveVLM
 from adallava.errors import ConfigError, DataError, UnknownNameError
 from adallava.results import read_rows
@@ -76,16 +77,19 @@ def losses(out):
 
 def worker(folder, recipes, processes=1, check=True, **environment):
     """Run recipes, given by the folders they make, in processes of their own."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(WORKER), str(folder / "data.json"), str(folder)]
+    paths = []
     for out, recipe in recipes.items():
-        path = out.with_suffix(".json")
-        path.write_text(json.dumps(asdict(recipe)))
-        command.append(str(path))
-    source = str(Path(runs.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", **environment}
+        paths.append(out.with_suffix(".json"))
+        paths[-1].write_text(json.dumps(asdict(recipe)))
+    return launch([WORKER, folder / "data.json", folder, *paths], processes, check, **environment)
+
+
+def launch(arguments, processes, check=True, **environment):
+    """Run a script of the tests in processes of their own."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(several if processes > 1 else []), *map(str, arguments)]
+    paths = os.pathsep.join((str(Path(runs.__file__).parents[2]), str(WORKER.parent)))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
@@ -301,3 +305,12 @@ def test_two_processes_give_the_losses_of_one(folder, tmp_path):
         one, two = tmp_path / f"{variant}-one", tmp_path / f"{variant}-two"
         assert losses(two) == pytest.approx(losses(one), abs=1e-4)
         assert read_rows(two / runs.HISTORY)[0].config["devices"] == 2
+
+
+def test_spread_weights_give_the_same_losses():
+    done = launch([WORKER.with_name("fsdp_worker.py")], processes=2)
+    for line in done.stdout.splitlines():
+        _, variant, *found = line.split()
+        wanted = fsdp_worker.train(tiny_vlm(variant=variant).train(), slice(None))
+        assert list(map(float, found)) == pytest.approx([float(loss) for loss in wanted], abs=1e-4)
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["L", "H"]
