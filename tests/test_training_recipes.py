@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import fsdp_worker
 from adallava import AdaptiveVLM
+from adallava.cli.main import app
 from adallava.errors import ConfigError, DataError, UnknownNameError
 from adallava.results import read_rows
 from adallava.training import run as runs
@@ -158,6 +160,7 @@ def test_recipe_files(tmp_path):
         ({"stage": "first"}, "stage is 'first', expected one of 'projector', 'instruction', 'adaptive'"),
         ({"learning_rate": 0}, "learning_rate is 0, expected a number above 0"),
         ({"stage": "instruction"}, "variant is 'L' in the stage 'instruction'"),
+        ({"trainable": "lora"}, "adapters are merged at the end, which zero3 prevents. Set sharding to none"),
         ({"stage": "projector", "variant": None, "trainable": "scheduler"}, "which has none"),
     ],
 )
@@ -314,3 +317,47 @@ def test_spread_weights_give_the_same_losses():
         wanted = fsdp_worker.train(tiny_vlm(variant=variant).train(), slice(None))
         assert list(map(float, found)) == pytest.approx([float(loss) for loss in wanted], abs=1e-4)
     assert [line.split()[1] for line in done.stdout.splitlines()] == ["L", "H"]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_a_dry_run_on_the_command_line():
+    done = call("train", "llava-1.5-7b-L", "--dry-run", "--devices", 4, "--set", "global_batch=64")
+    assert done.exit_code == 0, done.stderr
+    words = " ".join(done.stdout.split())
+    assert "steps 10,396 of 64 samples" in words and "each of 4 devices 8 samples at once, 2 passes in a step" in words
+    assert "6,738.4 M, 6,738.4 M of them trained" in words and "vision, parameters 303.5 M, 0.0 M" in words
+
+
+def test_a_run_on_the_command_line(folder, tmp_path):
+    recipe = tmp_path / "tiny.json"
+    recipe.write_text(json.dumps({**asdict(tiny_recipe(folder)), "epochs": 0.2}))
+    command = ["train", recipe, "--data", folder / "data.json", "--images", folder, "--out", tmp_path / "out"]
+    done = call(*command, "--set", "learning_rate=1e-4")
+    assert done.exit_code == 0, done.stderr
+    assert "loss" in done.stderr and done.stderr.splitlines()[-1] == f"done: {tmp_path / 'out'}"
+    assert read_rows(tmp_path / "out" / runs.HISTORY)[1].metrics["learning_rate"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["llava-1.5-7b-l", "--out", "x"], "Did you mean 'llava-1.5-7b-L'"),
+        (["llava-1.5-7b-L", "--out", "x"], "pass --data llava_v1_5_mix665k.json --images FOLDER; or --dry-run"),
+        (["llava-1.5-7b-L"], "where should the model go? Pass --out FOLDER"),
+        (["llava-1.5-7b-L", "--dry-run", "--scale", "0.5"], "--scale is for mini recipes. Use --set epochs=0.5"),
+        (["llava-1.5-7b-L", "--dry-run", "--devices", "3"], "cannot be made of 3 devices"),
+        (["mini-L", "--out", "x", "--dry-run"], "mini-L is a mini recipe, which draws its own data"),
+        (["llava-1.5-7b-L", "--dry-run", "--data", "none.json"], "the data file none.json cannot be read"),
+    ],
+)
+def test_bad_commands(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = call("train", *arguments)
+    assert done.exit_code == 2 and words in " ".join(done.stderr.split())
+    assert not (tmp_path / "x").exists()

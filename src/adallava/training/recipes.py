@@ -96,6 +96,8 @@ class TrainRecipe:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {known}.")
         if self.trainable == "scheduler" and self.stage != "adaptive":
             raise ConfigError(f"trainable is 'scheduler' in the stage {self.stage!r}, which has none. Use 'full'.")
+        if self.trainable == "lora" and self.sharding != "none":
+            raise ConfigError(f"adapters are merged at the end, which {self.sharding} prevents. Set sharding to none.")
         if self.variant is not None and self.stage != "adaptive":
             raise ConfigError(f"variant is {self.variant!r} in the stage {self.stage!r}; it belongs to 'adaptive'.")
         for name in _ABOVE_ZERO:

@@ -53,10 +53,14 @@ def train_recipe(
         return output
     output.mkdir(parents=True, exist_ok=True)
     config = train_config(recipe, len(conversations := usable(paths, output)))
-    # DeepSpeed and FSDP must know the devices before weights are loaded.
-    config.to_arguments(output)
+    # DeepSpeed must be told before weights are loaded, and knows it for as long as this is kept.
+    _arguments = config.to_arguments(output)
     torch.manual_seed(recipe.seed)  # scheduler and adapters start at random
     vlm = build_model(recipe)
+    if vlm.processor is None:
+        raise ConfigError(
+            f"{recipe.model} has no tokenizer, without which no prompts can be made. Put its files there."
+        )
     adapters = choose_trainable(vlm, recipe)
     dataset = LlavaDataset(
         conversations,
@@ -90,7 +94,7 @@ def usable(paths: DataPaths, output: Path) -> list[Conversation]:
     if len(kept) < len(conversations):
         lost = [c for c in conversations if missing.intersection(c.images)]
         log.warning("%d of %d samples are left out: their images are not there", len(lost), len(conversations))
-        if is_first_process():
+        if is_first_process() and not (output / UNUSABLE).exists():  # a run that goes on keeps what it found
             lines = [json.dumps({"id": c.id, "images": c.images, "error": "no such image file"}) for c in lost]
             (output / UNUSABLE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return kept
