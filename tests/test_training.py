@@ -100,6 +100,9 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     for name in ("mini-L-prumerge", "mini-L-prumerge+", "mini-H-prumerge", "mini-H-prumerge+", "mini-L-fastv"):
         vlm = AdaptiveVLM.from_pretrained(tmp_path / name)
         assert (vlm.adaptive_config.variant, vlm.token_selection.name) == tuple(name.split("-")[1:])
+    for name, prefix, switches in (("mini-L-9-switches", 3, 9), ("mini-H-2-heads", 6, 12)):
+        config = AdaptiveVLM.from_pretrained(recipe.run(name, tmp_path, scale)).adaptive_config
+        assert (config.prefix_layers, config.max_k) == (prefix, switches)
     for name, variant in (("mini-L", "L"), ("mini-H", "H")):
         recipe.export(tmp_path / name, tmp_path / "shipped" / name)
         vlm = AdaptiveVLM.from_pretrained(tmp_path / "shipped" / name)

@@ -7,7 +7,8 @@
 
 Three controls answer two questions. ``mini-shallow``, the base recipe at the prefix depth: does depth matter?
 ``mini-L-random`` and ``mini-H-random``, the adaptive stage under random plans (the paper's Fig. D): does the
-scheduler? The ``selection`` recipes repeat the adaptive stage under token selection (the paper's Table B, lower half).
+scheduler? Two ablations cut the switches in another way (Fig. C), and the ``selection`` recipes repeat the adaptive
+stage under token selection (Table B, lower half).
 Every stage writes into a folder of its own, is skipped where its result is there already, and continues where it was
 stopped.
 """
@@ -148,16 +149,20 @@ def train_adaptive(
     token_selection: str = "none",
     scale: float = 1.0,
     callbacks: Callbacks = None,
+    **fields: Any,
 ) -> Path:
-    """The adaptive stage from the base model in ``base``; mode "random" trains under random plans."""
+    """The adaptive stage from the base model in ``base``; mode "random" trains under random plans.
+
+    fields: of ``AdaptiveConfig``, where they are not those of the shipped models.
+    """
     if (output / CONFIG_FILE).exists():
         return output
     torch.manual_seed(3)
     model, processor = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32), build_processor()
-    fields: dict[str, Any] = {"token_selection": token_selection}
+    usual: dict[str, Any] = {"prefix_layers": PREFIX_LAYERS, "token_selection": token_selection}
     if variant == "H":
-        fields["heads_per_switch"] = HEADS_PER_SWITCH
-    vlm = AdaptiveVLM.adapt(model, processor, variant=variant, prefix_layers=PREFIX_LAYERS, **fields)
+        usual["heads_per_switch"] = HEADS_PER_SWITCH
+    vlm = AdaptiveVLM.adapt(model, processor, variant=variant, **{**usual, **fields})
     vlm.mode = mode
     config = replace(scaled(ADAPTIVE, scale), head_learning_rate=HEAD_LEARNING_RATES[variant])
     data = SceneData(config.steps * config.batch_size, seed=3)
@@ -178,10 +183,12 @@ def _shallow(output: Path, scale: float, callbacks: Callbacks) -> Path:
     return train_base(output, PREFIX_LAYERS, scale, callbacks)
 
 
-def _adaptive(name: str, variant: str, mode: Mode = "learned", token_selection: str = "none") -> Callable[..., Path]:
+def _adaptive(
+    name: str, variant: str, mode: Mode = "learned", token_selection: str = "none", **fields: Any
+) -> Callable[..., Path]:
     def train(output: Path, scale: float, callbacks: Callbacks) -> Path:
         base = train_base(output, LAYERS, scale, callbacks)
-        return train_adaptive(base, output / name, variant, mode, token_selection, scale, callbacks)
+        return train_adaptive(base, output / name, variant, mode, token_selection, scale, callbacks, **fields)
 
     return train
 
@@ -216,6 +223,12 @@ RECIPES = {
     "mini-L-random": Recipe("control: the L stage under random plans", _adaptive("mini-L-random", "L", "random")),
     "mini-H-random": Recipe("control: the H stage under random plans", _adaptive("mini-H-random", "H", "random")),
     "mini-shallow": Recipe("control: the base recipe with only the prefix depth", _shallow),
+    "mini-L-9-switches": Recipe(
+        "ablation: a prefix of three layers (the paper's Fig. C)", _adaptive("mini-L-9-switches", "L", prefix_layers=3)
+    ),
+    "mini-H-2-heads": Recipe(
+        "ablation: switches of two heads (the paper's Fig. C)", _adaptive("mini-H-2-heads", "H", heads_per_switch=2)
+    ),
     "mini-selection": Recipe("all stages under token selection", _several(*_SELECTION)),
     **{
         name: Recipe(f"AdaLLaVA-{variant} under {chosen}", _adaptive(name, variant, "learned", chosen))
