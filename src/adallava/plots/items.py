@@ -133,7 +133,7 @@ def table_b_item(runs: Runs) -> Item:
             theirs = paper.get((_VARIANT[model], budget))
             rows.append(
                 (
-                    f"{_NAMES[model]}{'' if trained == model else ', trained under it'}",
+                    f"{_NAMES[model]}{'' if trained == model else ', trained so'}",
                     _short(selection),
                     budget,
                     percent(metrics["flops_frac"]),
@@ -148,7 +148,8 @@ def table_b_item(runs: Runs) -> Item:
     text = (
         "Accuracy in %. FLOPs: share of the base model's prefill with all visual tokens (paper convention). Relative: "
         "mean over tasks of the accuracy relative to the base model with all tokens; the paper's is that of "
-        "LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and PruMerge+."
+        "LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and PruMerge+; here only the "
+        "lines that say so are, the others were trained with all tokens."
     )
     return Item("table-b", "Tab. B: models, budgets, token selection", text, (Table(columns, tuple(rows)),))
 

@@ -21,7 +21,8 @@ h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 p { max-width: 48rem; margin: .3rem 0 .8rem; } nav a { margin-right: .8rem; }
 table { border-collapse: collapse; margin: .4rem 0 1rem; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .18rem .6rem; text-align: right; border-bottom: 1px solid #e4e8ef; white-space: nowrap; }
-th:first-child, td:first-child, td.text { text-align: left; white-space: normal; }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.text + td.text { white-space: normal; }
 th { border-bottom: 1.5px solid #1d2433; vertical-align: bottom; white-space: normal; }
 .scroll { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; }
 footer { margin-top: 2.5rem; color: #5a6475; font-size: 13px; }
