@@ -13,7 +13,7 @@ from adallava.cli.sweep import SweepBar
 from adallava.errors import ConfigError, UnknownNameError, did_you_mean
 from adallava.evaluation.reproduce import H, L, Settings, answer_rows, attention_rows, content_rows, sweep_rows
 from adallava.hosts.model import AdaptiveVLM
-from adallava.mini.questions import rich_scene
+from adallava.mini.questions import DESCRIBE, rich_scene
 from adallava.mini.scenes import to_image
 from adallava.results import ResultRow, provenance, read_rows, write_json
 
@@ -120,7 +120,7 @@ def _looks(options: ReproduceOptions) -> tuple[np.ndarray, list[ResultRow], list
     picture = to_image(scene)
     texts = [question.text for question in questions]
     loaded = {name: AdaptiveVLM.from_pretrained(name) for name in (L, H)}
-    plans = [row for name, vlm in loaded.items() for row in answer_rows(vlm, name, picture, texts[0], _PLAN_BUDGETS)]
+    plans = [row for name, vlm in loaded.items() for row in answer_rows(vlm, name, picture, DESCRIBE, _PLAN_BUDGETS)]
     overlays, layers = attention_rows(loaded[L], L, picture, texts, "100%")
     write_json(options.out / "results" / _LOOKS, [*plans, *overlays, *layers], overwrite=True)
     return np.asarray(picture), plans, overlays, layers

@@ -120,6 +120,7 @@ def plans(rows: Sequence[ResultRow], by: str = "budget") -> Figure:
     axes.set_xticklabels([str(n) for n in range(0, shares.shape[1], _stride(shares.shape[1]))])
     axes.axvline(rows[0].metrics["prefix_layers"], color="#c8501e", linewidth=1.5)
     axes.set_xlabel("Decoder layer")
+    axes.set_title(rows[0].config["model"], fontsize=10)
     axes.set_ylabel(by.capitalize())
     axes.tick_params(length=0)
     return figure
