@@ -215,7 +215,8 @@ def folder(tmp_path_factory):
 
 
 def test_everything_is_reproduced(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("adallava.hosts.load.shipped_folder", folder.joinpath)
+    for module in ("hosts.load", "evaluation.preflight"):
+        monkeypatch.setattr(f"adallava.{module}.shipped_folder", folder.joinpath)
     monkeypatch.setattr(reproduce, "BUDGETS", ("100%", "67%", "50%"))
     monkeypatch.setattr(reproduce, "PAPER_BUDGETS", ("100%", "67%"))
     monkeypatch.setattr(reproduce, "SELECTIONS", ("none", "uniform:ratio=0.25"))

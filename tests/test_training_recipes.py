@@ -277,7 +277,7 @@ def test_missing_images_are_counted(folder, tmp_path, caplog):
     assert told["images"] == ["nowhere.png"]
     only = [entry for entry in entries if "image" in entry]
     (tmp_path / "data.json").write_text(json.dumps(only))
-    with pytest.raises(DataError, match=r"it looks for .*nowhere.*0\.png|it looks for"):
+    with pytest.raises(DataError, match="it looks for .*none.*png"):
         train_recipe(tiny_recipe(folder), DataPaths(tmp_path / "data.json", tmp_path / "none"), tmp_path / "other")
 
 

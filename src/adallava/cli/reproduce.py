@@ -119,7 +119,8 @@ def _looks(options: ReproduceOptions) -> tuple[np.ndarray, list[ResultRow], list
     scene, questions = rich_scene(options.seed)
     picture = to_image(scene)
     texts = [question.text for question in questions]
-    loaded = {name: AdaptiveVLM.from_pretrained(name) for name in (L, H)}
+    settings = Settings(options.limit, options.seed, options.models)
+    loaded = {name: AdaptiveVLM.from_pretrained(settings.source(name) or name) for name in (L, H)}
     plans = [row for name, vlm in loaded.items() for row in answer_rows(vlm, name, picture, DESCRIBE, _PLAN_BUDGETS)]
     overlays, layers = attention_rows(loaded[L], L, picture, texts, "100%")
     write_json(options.out / "results" / _LOOKS, [*plans, *overlays, *layers], overwrite=True)

@@ -45,8 +45,8 @@ def encode_chat(
     learned = [_inside(start, stop, spans) for start, stop in plain["offset_mapping"]]
     ids = inputs["input_ids"][0].tolist()
     labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
-    for place, token in zip(_align(processor, plain["input_ids"], ids), range(len(learned)), strict=True):
-        if place is not None and learned[token]:
+    for place, is_learned in zip(_align(processor, plain["input_ids"], ids), learned, strict=True):
+        if place is not None and is_learned:
             labels[0, place] = ids[place]
     inputs["labels"] = labels
     return _without_answerless_end(inputs) if max_tokens is None else _cut(processor, inputs, max_tokens)

@@ -20,6 +20,7 @@ from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
 from adallava.errors import ConfigError
 from adallava.evaluation.plans import PlanCounts
+from adallava.evaluation.preflight import preflight
 from adallava.evaluation.sweep import MEAN, Listener, SweepSettings, sweep
 from adallava.hosts.looking import look
 from adallava.hosts.model import AdaptiveVLM
@@ -110,8 +111,8 @@ def content_rows(
     for name in (L, H):
         source = settings.source(name)
         assert source is not None, "both are shipped"
-        config = AdaptiveVLM.from_pretrained(source).adaptive_config
-        assert config is not None
+        config = preflight(source, (), ())
+        assert config is not None, "a local folder with an adaptive config"
         for budget in BUDGETS[1:-1]:  # at both ends there is only one plan
             parsed = Budget.parse(budget)
             modes = tuple(f"fixed:{key}" for key in candidates(config, parsed, name, learned))
