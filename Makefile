@@ -1,12 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+EVAL := .venv-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity lint format clean
+.PHONY: help install demo test test-eval parity lint format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## *(.*)/  \1\t\2/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## *(.*)/  \1\t\2/'
 
 install: $(STAMP)  ## make .venv with the package and everything needed to work on it
 
@@ -20,7 +21,17 @@ demo: $(STAMP)  ## answer questions about an image at several budgets
 
 # One thread per worker: with more, the workers slow each other down.
 test: $(STAMP)  ## run the tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not gpu and not lmms"
+
+# lmms-eval brings a torchvision, which only works beside the very torch that it was built for and is not needed.
+$(EVAL)/.installed: pyproject.toml constraints.txt
+	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
+	$(EVAL)/bin/pip install -c constraints.txt -e '.[eval]' pytest
+	$(EVAL)/bin/pip uninstall -y torchvision
+	touch $@
+
+test-eval: $(EVAL)/.installed  ## run the tests that need lmms-eval, in an environment of their own
+	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q -m lmms
 
 # The recordings that come with the tests, unless DIR names others.
 DIR ?= tests/golden

@@ -1,5 +1,6 @@
 """Sweeps: rows, means, what is checked first, and going on after a stop."""
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from adallava.budget import Budget, parse_budgets
+from adallava.cli.sweep import split_tasks
 from adallava.errors import BudgetError, CheckpointError, ConfigError, ResultExistsError, UnknownNameError
 from adallava.evaluation import preflight as preflight_module
 from adallava.evaluation import sweep as sweep_module
 from adallava.evaluation.preflight import preflight
 from adallava.evaluation.store import Key, RowStore
 from adallava.evaluation.sweep import Listener, SweepSettings, flat, labels, sweep
+from adallava.evaluation.tasks import TaskRun
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES
 from adallava.results import append_jsonl, read_rows
@@ -94,7 +97,7 @@ def test_rows(folders):
 
 def test_the_mean_weighs_tasks_alike(folders, monkeypatch):
     def run_task(vlm, settings, on_batch=None):
-        run = sweep_module.TaskRun(scores=[1.0, 0.0] if settings.task == "open" else [1.0, 1.0])
+        run = TaskRun(scores=[1.0, 0.0] if settings.task == "open" else [1.0, 1.0])
         run.flops_fracs = [1.0, 1.0]
         return run
 
@@ -131,6 +134,33 @@ def test_a_stopped_sweep_goes_on(folders, tmp_path, counted, monkeypatch):
     counted.clear()
     assert bare(sweep([str(folders / "L")], settings(modes=("learned", "random"), out=out))) == bare(whole)
     assert counted == []
+
+
+def test_some_tasks_alone_and_their_mean(folders, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    few = sweep([str(folders / "L")], settings("67%", tasks=("choice", "open", "choice"), out=out))
+    assert [row.name for row in few] == ["choice", "open", "mean"]
+    assert few[-1].config["tasks"] == ["choice", "open"]
+    more = sweep([str(folders / "L")], settings("67%", tasks=("choice", "open", "presence"), out=out))
+    assert more[-1].metrics["n"] == 6
+    # The mean of fewer tasks has given way to that of more.
+    store = RowStore(out)
+    assert store.find(Key("L", "67%", "learned", "none", "mean"), {}).config["tasks"] == ["choice", "open", "presence"]
+
+
+def test_tasks_of_lmms_eval_need_it(folders):
+    if importlib.util.find_spec("lmms_eval") is not None:
+        pytest.skip("lmms-eval is installed")
+    for models, tasks in (([str(folders / "L")], ("pope", "mme")), (["lmms:instructblip"], ("open",))):
+        with pytest.raises(ConfigError, match=r"adallava\[eval\]"):
+            sweep(models, settings(tasks=tasks))
+
+
+def test_lists_of_tasks():
+    assert split_tasks("mini") == tuple(FAMILIES)
+    assert split_tasks(" pope, open,mini") == ("pope", "open", *FAMILIES)
+    with pytest.raises(ConfigError, match="empty entry"):
+        split_tasks("pope,,mme")
 
 
 # -- token selection --------------------------------------------------------------------------------------------------

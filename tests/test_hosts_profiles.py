@@ -1,5 +1,6 @@
 """Budgets in milliseconds on real (tiny) models, with profiles made up so that every time is known beforehand."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from adallava.budget import Budget
 from adallava.cost.calibration import DeviceProfile, StageModel
 from adallava.cost.forecast import Forecaster
 from adallava.cost.work import DECODE, PREFILL, prefill_work
-from adallava.errors import BudgetError, ProfileError
+from adallava.errors import BudgetError, ImageError, ProfileError, ResultExistsError
+from adallava.evaluation.samples import SampleFile
 from adallava.hosts.budgets import Batch, resolve_budgets
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
@@ -148,6 +150,37 @@ def test_requests_teach_the_forecaster_and_shares_do_too(vlm):
         ask(vlm, "100%")
     assert clock.prefill(clock_work(vlm)).ms < 0.001 * FIRST  # a request takes no day
     assert clock.prefill(clock_work(vlm)).ms > 0
+
+
+def test_what_was_foretold_is_told_beside_what_was_measured(vlm):
+    vlm.profiles.use(profile_of(vlm), correct=False)
+    full, less = ask(vlm, "100%", min_new_tokens=3).foretold, ask(vlm, f"{upper(1) + 60_000} ms", min_new_tokens=3)
+    assert full.first_token.ms == pytest.approx(FIRST + 3 * EACH, abs=60_000)
+    assert full.token.ms == pytest.approx(100 + 3 * 10)
+    assert less.foretold.first_token.ms == pytest.approx(less.budget.forecast.ms, abs=60_000)
+    assert less.foretold.token.ms == pytest.approx(100 + 10)
+    assert ask(vlm, "100%", max_new_tokens=1).foretold.token is None
+    assert ask(vlm, "100%", num_beams=2).foretold is None
+    vlm.profiles.use(None)
+    assert ask(vlm, "100%").foretold is None
+
+
+def test_a_sample_file_has_both(vlm, tmp_path):
+    vlm.profiles.use(profile_of(vlm), correct=False)
+    file = SampleFile(tmp_path / "new" / "samples.jsonl", {"model": "tiny", "budget": "67%"})
+    answer = ask(vlm, "67%", min_new_tokens=3)
+    file.add({"task": "pope", "doc_id": 4}, answer, 2)
+    file.add({"task": "pope", "doc_id": 5}, ImageError("no picture"), 2)
+    good, bad = map(json.loads, file.path.read_text().splitlines())
+    assert good["predicted_first_token_ms"] == pytest.approx(FIRST + EACH, abs=60_000)
+    assert good["predicted_first_token_upper_ms"] == pytest.approx(upper(1), abs=60_000)
+    assert good["predicted_ms_per_token"] == pytest.approx(100 + 10)
+    assert good["first_token_ms"] == answer.timing.answered_ms and good["ms_per_token"] > 0
+    assert good["layers_on"] == answer.plan.layer_on[0].nonzero().flatten().tolist()
+    assert (good["k"], good["failed"], good["doc_id"], good["budget"], good["batch_rows"]) == (1, False, 4, "67%", 2)
+    assert bad["error"] == "ImageError: no picture" and bad["failed"] and "text" not in bad
+    with pytest.raises(ResultExistsError, match="name another"):
+        SampleFile(file.path, {})
 
 
 def clock_work(vlm):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from adallava.errors import AdaLlavaError
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 _MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
-_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
+_MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "lmms-eval": "lmms_eval"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Check:
 
 def doctor(as_json: bool) -> None:
     """Print every check; exit with status 1 if one fails."""
-    groups = (_python, _packages, _torchvision, _device, _entry_point, _models)
+    groups = (_python, _packages, _torchvision, _device, _entry_point, _lmms_eval, _models)
     checks = [check for group in groups for check in _safe(group)]
     if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
@@ -100,7 +101,7 @@ def _packages() -> Iterator[Check]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _package(requirement, "fail", f"pip install '{_plain(requirement)}'")
     # "dev" is for those who work on adallava itself.
-    for extra in ("train", "plots"):
+    for extra in ("train", "plots", "eval"):
         for requirement in declared:
             if requirement.marker is not None and requirement.marker.evaluate({"extra": extra}):
                 yield _package(requirement, "warn", f"Only for the extra [{extra}]: pip install 'adallava[{extra}]'")
@@ -187,6 +188,25 @@ def _entry_point() -> Iterator[Check]:
         yield Check("command", "warn", "the command adallava is not installed", "pip install -e .")
         return
     yield Check("command", "ok", shutil.which("adallava") or "installed; its folder is not in PATH")
+
+
+def _lmms_eval() -> Iterator[Check]:
+    """lmms-eval only logs that an entry point is broken, and then does not know the model."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        return  # the packages say so
+    points = importlib.metadata.entry_points(group="lmms_eval.models", name="adallava")
+    if not points:
+        yield Check("lmms-eval", "warn", "it does not know adallava, which is not installed", "pip install -e .")
+    for point in points:
+        try:
+            path = point.load()().chat_class_path
+            module, _, name = path.rpartition(".")
+            getattr(importlib.import_module(module), name)
+        except Exception as error:
+            remedy = "Install lmms-eval again: pip install --force-reinstall 'adallava[eval]'"
+            yield Check("lmms-eval", "fail", f"{point.value} cannot be loaded: {error}", remedy)
+            continue
+        yield Check("lmms-eval", "ok", "knows --model adallava")
 
 
 def _models() -> Iterator[Check]:

@@ -100,7 +100,20 @@ def sweep(
     models: Annotated[list[str], typer.Argument(help="Shipped names, checkpoint folders or hub ids.")],
     budgets: Annotated[str, typer.Option(help="Budgets, separated by commas.")] = "100%,85%,60%",
     seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 0,
-    limit: Annotated[int, typer.Option(help="Questions per task.")] = 1000,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Questions per task.", show_default="1,000 of a mini task, all of one of lmms-eval"),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Tasks, separated by commas: mini for the mini benchmark, its families by name, or tasks of "
+            "lmms-eval (extra [eval]) such as pope,mme,gqa."
+        ),
+    ] = "mini",
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="Folder that describes further tasks of lmms-eval (its include_path).")
+    ] = None,
     mode: Annotated[
         str,
         typer.Option(
@@ -121,16 +134,31 @@ def sweep(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure accuracy at several budgets and token selections on the mini benchmark."""
+    """Measure accuracy at several budgets and token selections on the mini benchmark, or on tasks of lmms-eval."""
     from adallava.budget import parse_budgets
-    from adallava.cli.sweep import split_selections
+    from adallava.cli.sweep import split_selections, split_tasks
     from adallava.cli.sweep import sweep as command
     from adallava.evaluation.sweep import SweepSettings
 
     modes = tuple(part.strip() for part in mode.split(","))
     selections = tuple(part for text in token_selection for part in split_selections(text)) if token_selection else None
-    settings = SweepSettings(tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out, selections)
+    settings = SweepSettings(
+        tuple(parse_budgets(budgets)), seed, limit, modes, batch_size, out, selections, split_tasks(tasks), tasks_folder
+    )
     command(models, settings, as_json)
+
+
+@app.command(name="export-tasks")
+def export_tasks(
+    folder: Annotated[Path, typer.Argument(help="Folder for the tasks and their data.")],
+    families: Annotated[str, typer.Option(help="Families, separated by commas; mini for all.")] = "mini",
+    seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 0,
+    limit: Annotated[int, typer.Option(help="Questions per task.")] = 1000,
+) -> None:
+    """Write the mini benchmark as tasks of lmms-eval, for its other models and its own command."""
+    from adallava.cli.export_tasks import export_tasks as command
+
+    command(folder, families, seed, limit)
 
 
 @app.command()

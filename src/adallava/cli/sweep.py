@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -73,21 +74,40 @@ def split_selections(text: str) -> list[str]:
     return selections
 
 
+def split_tasks(text: str) -> tuple[str, ...]:
+    """Split a list of tasks; "mini" stands for all families of the mini benchmark."""
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise ConfigError(f"tasks {text!r} have an empty entry. Write a list such as 'mini' or 'pope,mme'.")
+    return tuple(name for part in names for name in (FAMILIES if part == "mini" else (part,)))
+
+
 def accuracy_table(rows: Sequence[ResultRow], narrow: bool = False) -> Table:
     """Return one line per run of a model: the mean with its 95 % interval, and each task.
 
     narrow: fold the names of tasks to the width of their numbers, which leaves more room for token selections.
     """
-    first = rows[0].config
-    title = f"Accuracy in %, {first['limit']:,} questions per task, seed {first['seed']}"
-    table, groups = _start(title, rows, ("mean", *FAMILIES), narrow)
+    tasks = _tasks(rows)
+    limit, seed = rows[0].config["limit"], rows[0].config["seed"]
+    title = f"Accuracy in %, {'all' if limit is None else f'{limit:,}'} questions per task, seed {seed}"
+    others = {row.name: row.metrics["out_of"] for row in rows if row.metrics.get("out_of", 1) not in (1, 100)}
+    title += "".join(f"; {task} out of {out_of:,.0f}" for task, out_of in others.items())
+    table, groups = _start(title, rows, ("mean", *tasks), narrow)
     for key, group in groups.items():
         mean = group[MEAN].metrics
         accuracy = f"[bold]{100 * mean['accuracy']:.1f}[/bold] ± {100 * mean['interval']:.1f}"
-        table.add_row(
-            *map(escape, key), accuracy, *(f"{100 * group[task].metrics['accuracy']:.1f}" for task in FAMILIES)
-        )
+        table.add_row(*map(escape, key), accuracy, *(_score(group[task].metrics) for task in tasks))
     return table
+
+
+def _tasks(rows: Sequence[ResultRow]) -> list[str]:
+    return list(dict.fromkeys(row.name for row in rows if row.name != MEAN))
+
+
+def _score(metrics: dict[str, Any]) -> str:
+    """In the unit that the task is told in: a share in percent, MME's points as they are."""
+    out_of = metrics.get("out_of", 1)
+    return f"{metrics['score']:.1f}" if out_of != 1 else f"{100 * metrics['accuracy']:.1f}"
 
 
 def plan_table(rows: Sequence[ResultRow]) -> Table:
@@ -113,6 +133,7 @@ def _start(
 ) -> tuple[Table, dict[tuple[str, ...], dict[str, ResultRow]]]:
     """An empty table with the columns that name a row, and the rows by these names and by task."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    tasks = _tasks(rows)
     modes = {row.config["mode"] for row in rows} - {NO_MODE}
     names = ["model", "budget", *(["mode"] if modes - {"learned"} else [])]
     names += ["token_selection"] if _selects(rows) else []
@@ -121,8 +142,8 @@ def _start(
         table.add_column(
             name,
             justify="left" if name in ("model", "mode", _TOKENS, _LAYERS) else "right",
-            no_wrap=name not in (*FAMILIES, _TOKENS),
-            max_width=_NUMBER_WIDTH if narrow and name in FAMILIES else None,
+            no_wrap=name not in (*tasks, _TOKENS),
+            max_width=_NUMBER_WIDTH if narrow and name in tasks else None,
             overflow="fold",
         )
     groups: dict[tuple[str, ...], dict[str, ResultRow]] = {}
@@ -177,7 +198,8 @@ class SweepBar(Listener):
     """A progress bar on a terminal, and a line per finished task in a log."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        # The file itself: what a task prints meanwhile is kept from sys.stderr, and the bar must not be.
+        self.console = Console(file=sys.stderr, highlight=False)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

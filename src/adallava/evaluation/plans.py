@@ -36,8 +36,14 @@ class PlanCounts:
 
     def add(self, plan: ExecutionPlan) -> None:
         """Count a plan of one row."""
-        bits = plan.layer_on[0, plan.config.prefix_layers :] if len(self.shape) == 1 else plan.tail[0]
-        self.counts[np.packbits(bits.numpy().reshape(-1)).tobytes().hex()] += 1
+        self.counts[self.key_of(plan)] += 1
+
+    @staticmethod
+    def key_of(plan: ExecutionPlan) -> str:
+        """The key under which a plan of one row is counted."""
+        config = plan.config
+        bits = plan.layer_on[0, config.prefix_layers :] if config.variant == "L" else plan.tail[0]
+        return np.packbits(bits.numpy().reshape(-1)).tobytes().hex()
 
     def __add__(self, other: PlanCounts) -> PlanCounts:
         """Return the counts of both, of plans of the same shape."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from adallava.budget import ResolvedBudget
+from adallava.budget import Forecast, ResolvedBudget
 from adallava.cost import Cost
 from adallava.plan import ExecutionPlan
 
@@ -42,6 +42,16 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """What a request was expected to take on a calibrated device: what to hold its ``Timing`` against."""
+
+    first_token: Forecast
+    """From the call to the first new token, as ``Timing.answered_ms``."""
+    token: Forecast | None
+    """Of a mean decoding step, as ``Timing.ms_per_token``; None where there was none, or decoding was not measured."""
+
+
+@dataclass(frozen=True)
 class Answer:
     """The answer to one request.
 
@@ -59,6 +69,8 @@ class Answer:
     texts: list[str] = field(default_factory=list)
     layer_tokens: list[int] = field(default_factory=list)
     """Tokens of the prompt that each layer processed: with the latency token, without dropped visual tokens."""
+    foretold: Foretold | None = None
+    """Of the batch, where the model's device profile is in use; see ``Profiles``."""
 
 
 class Stopwatch(StoppingCriteria):

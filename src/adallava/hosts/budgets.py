@@ -18,7 +18,6 @@ from adallava.cost.forecast import Forecaster
 from adallava.cost.work import Work, decode_work, prefill_work
 from adallava.errors import BudgetError
 from adallava.hosts.answer import Timing
-from adallava.hosts.profiles import Observer
 from adallava.hosts.visual import Selector
 
 
@@ -69,15 +68,13 @@ def resolve_budgets(
     return resolved
 
 
-def observe(
-    observers: Sequence[Observer], config: AdaptiveConfig | None, batch: Batch, k: Sequence[int], timing: Timing
-) -> None:
-    """Tell ``observers`` what a batch with k [B] switches per row did and took."""
+def work_done(
+    config: AdaptiveConfig | None, batch: Batch, k: Sequence[int], timing: Timing
+) -> tuple[Work, Work | None]:
+    """What a batch with k [B] switches per row did: its prefill, and its mean decoding step where it had any."""
     middle = [[tokens + timing.new_tokens // 2 for tokens in row] for row in batch.lengths]
     prefill = prefill_work(config, batch.lengths, k, batch.images)
-    decode = decode_work(config, middle, k) if timing.ms_per_token is not None else None
-    for observer in observers:
-        observer.observe(prefill, timing.first_token_ms - timing.selection_ms, decode, timing.ms_per_token)
+    return prefill, decode_work(config, middle, k) if timing.ms_per_token is not None else None
 
 
 def prompt_lengths(

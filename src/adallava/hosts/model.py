@@ -20,9 +20,9 @@ from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads, resolve_budget
 from adallava.cost.forecast import Forecaster
 from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
-from adallava.hosts.answer import Answer, Stopwatch, Timing
+from adallava.hosts.answer import Answer, Foretold, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
-from adallava.hosts.budgets import Batch, observe, prompt_lengths, resolve_budgets
+from adallava.hosts.budgets import Batch, prompt_lengths, resolve_budgets, work_done
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
@@ -169,10 +169,7 @@ class AdaptiveVLM(nn.Module):
     # -- training and raw forwards ----------------------------------------------------------------------------------
 
     def request_state(self, k: Tensor, **kwargs: Any) -> RequestState:
-        """The state of a request with k switches per row, int64 [B]; kwargs as of ``RequestState``.
-
-        A base model has no switches (k is 0), and needs a state only to select tokens.
-        """
+        """The state of a request with k switches per row, int64 [B]; 0 for a base model. kwargs: ``RequestState``'s."""
         if self.scheduler is None and self.token_selection.name == "none":
             raise ConfigError("this is a base model, which has no switches. Make it adaptive with AdaptiveVLM.adapt.")
         return self._state(self.token_selection, k, **kwargs)
@@ -315,10 +312,12 @@ class AdaptiveVLM(nn.Module):
         texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
         lengths = self._lengths(inputs["attention_mask"], state, len(requests))
         timing = watch.timing(prepared)
-        if (observers := self.profiles.observers(selector)) and one_sequence(kwargs):
+        foretold = None
+        if one_sequence(kwargs):
             ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
-            observe(observers, self.adaptive_config, batch, ran, timing)
-        return self._answers(texts, resolved, state, timing, prompt_tokens, lengths)
+            done = work_done(self.adaptive_config, batch, ran, timing)
+            foretold = self.profiles.account(selector, done, timing, batch.elapsed_ms)
+        return self._answers(texts, resolved, state, timing, prompt_tokens, lengths, foretold)
 
     def _budget(self, budget: object) -> Budget:
         """Read a budget; what is wrong with it for any input is told before the images are read."""
@@ -384,6 +383,7 @@ class AdaptiveVLM(nn.Module):
         timing: Timing,
         prompt_tokens: list[int],
         lengths: list[list[int]],
+        foretold: Foretold | None,
     ) -> list[Answer]:
         spec, answers = self.spec, []
         for row, (some, budget, tokens) in enumerate(zip(texts, resolved, prompt_tokens, strict=True)):
@@ -393,7 +393,7 @@ class AdaptiveVLM(nn.Module):
                 plan = state.plan.row(row * (len(state.plan) // len(texts)))
             loads = full_loads(spec) if plan is None else plan_loads(spec, plan, 0)
             cost = plan_cost(spec, loads, lengths[row], tokens + (plan is not None))
-            answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some, lengths[row]))
+            answers.append(Answer(some[0], plan, budget, cost, timing, tokens, some, lengths[row], foretold))
         return answers
 
 

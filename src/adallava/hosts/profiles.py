@@ -21,6 +21,7 @@ from adallava.cost.calibration import DeviceProfile
 from adallava.cost.forecast import Forecaster
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
+from adallava.hosts.answer import Foretold, Timing
 from adallava.hosts.visual import Selector
 from adallava.results import device_name
 from adallava.selection import describe_selector
@@ -132,7 +133,24 @@ class Profiles:
         forecaster.profile.check(print_of)
         return forecaster
 
-    def observers(self, selector: Selector) -> list[Observer]:
-        """Who is told what a request with ``selector`` did: the forecaster in use, if there is one, and a recorder."""
-        forecaster = self._chosen or self._found.get(describe_selector(selector))
-        return [observer for observer in (forecaster, self._recorder) if observer is not None]
+    def in_use(self, selector: Selector) -> Forecaster | None:
+        """The forecaster that ``use`` set, or that a budget in time or ``get`` has found; None before."""
+        return self._chosen or self._found.get(describe_selector(selector))
+
+    def account(
+        self, selector: Selector, done: tuple[Work, Work | None], timing: Timing, elapsed_ms: float
+    ) -> Foretold | None:
+        """Tell the forecaster in use and a recorder what a batch did and took; returns what it had been foretold.
+
+        done: its prefill, and its mean decoding step where it had any. elapsed_ms: time between the call and the
+        decision on the budget. None where no forecaster is in use.
+        """
+        prefill, decode = done
+        forecaster, foretold = self.in_use(selector), None
+        if forecaster is not None:
+            step = forecaster.decode(decode) if decode is not None and forecaster.profile.decode is not None else None
+            foretold = Foretold(forecaster.prefill(prefill, elapsed_ms), step)
+        for observer in (forecaster, self._recorder):
+            if observer is not None:
+                observer.observe(prefill, timing.first_token_ms - timing.selection_ms, decode, timing.ms_per_token)
+        return foretold
