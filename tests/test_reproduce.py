@@ -1,6 +1,7 @@
 """The paper in miniature: attention of the latency token, plan modes, tables, figures, and the whole command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,16 +13,18 @@ from adallava.cli.main import app
 from adallava.cli.reproduce import ITEMS
 from adallava.errors import ConfigError
 from adallava.evaluation import reproduce
+from adallava.evaluation.lmms_tasks import MAIN
 from adallava.evaluation.minibench import TaskSettings, run_task
 from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
+from adallava.evaluation.scales import SCALES, find_scale
 from adallava.hosts.load import load
 from adallava.hosts.looking import look
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.plots import figures, items
 from adallava.plots.tables import TABLE_A, TABLE_B_COLUMNS, Table, relative, table_b
-from adallava.results import ResultRow
+from adallava.results import ResultRow, read_rows
 from tiny import processor, tiny_base, tiny_vlm
 
 PICTURE = to_image(sample_scene("test", 0, 0))
@@ -159,8 +162,11 @@ def rows():
     return [*made, row("mini-L", "60%", 0.79, "fixed:20")]
 
 
+ROLES = {"mini-base": "base", "mini-L": "L", "mini-H": "H"}
+
+
 def test_items_show_what_was_measured():
-    runs = items.Runs(rows())
+    runs = items.Runs(rows(), ROLES)
     (ours, paper) = items.table_a(runs).tables
     assert ours.columns == ("model", "open", "reading", "mean")
     assert ours.rows[-1] == ("AdaLLaVA-L, 60%", *["80.0 ± 1.0"] * 3)
@@ -176,7 +182,7 @@ def test_items_show_what_was_measured():
     (spread,) = [shape for shape in figure.axes[0].collections if shape.get_alpha() == 0.25]
     assert spread.get_paths()[0].vertices[:, 1].min() == pytest.approx(77)
     assert figure.axes[0].get_xlabel() == "Budget (% of the base model's FLOPs)"
-    lines = items.fig_c(runs).figures["switches"].axes[0].get_legend().get_texts()
+    lines = items.fig_c(runs, SCALES["mini"].designs).figures["switches"].axes[0].get_legend().get_texts()
     assert [text.get_text() for text in lines] == ["L, 6 switches", "H, single heads"], "the ablations were not run"
     assert items.fig_b(runs).figures["tasks"].axes[0].get_title() == "Accuracy relative to the base model (%)"
 
@@ -226,6 +232,7 @@ def test_everything_is_reproduced(folder, tmp_path, monkeypatch):
     history = tmp_path / "training.json"
     history.write_text(json.dumps([{"name": "train", "metrics": {"step": n, "loss": 1.0}} for n in (1, 2)]))
     command = ["reproduce", "all", "--out", str(tmp_path / "out"), "--limit", "2", "--training", str(history)]
+    command += ["--batch-size", "16"]
     done = CliRunner().invoke(app, command, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     made = {path.name for path in (tmp_path / "out").iterdir()}
@@ -242,9 +249,82 @@ def test_everything_is_reproduced(folder, tmp_path, monkeypatch):
     assert load("mini-L").adaptive_config.num_layers == 6
 
 
+def test_points_are_told_as_points():
+    points = {"accuracy": 0.75, "interval": 0.01, "out_of": 2000.0, "score": 1500.0, "flops_frac": 1, "plans": None}
+    made = [replace(row("a-base", "100%", 0, "none", task), metrics=points) for task in ("mme", "mean")]
+    (table, _) = items.table_a(items.Runs([*made, row("stranger", "100%", 1)], {"a-base": "base"})).tables
+    assert table.columns[1] == "mme" and table.rows[0][1] == "1500.0 ± 20.0"
+    (table,) = items.table_b_item(items.Runs(made, {"a-base": "base"})).tables
+    assert table.rows[0][4] == "1500.0"
+
+
+def test_a_scale_of_ones_own(folder, tmp_path, monkeypatch):
+    """Other models, tasks of their own for Tab. A and for the search of the best plan, and a picture."""
+    monkeypatch.setattr(reproduce, "BUDGETS", ("100%", "67%", "50%"))
+    monkeypatch.setattr(reproduce, "PAPER_BUDGETS", ("100%", "67%"))
+    monkeypatch.setattr(reproduce, "_few", lambda settings: 1)
+    models = {role: str(folder / f"mini-{role}") for role in ("base", "L", "H")}
+    scale = {"name": "own", "models": models, "tasks": ["open", "choice"], "broad_tasks": ["reading"]}
+    scale |= {"choosing_tasks": ["presence"], "limit": 2, "designs": {"L": "three switches"}}
+    (tmp_path / "own.json").write_text(json.dumps(scale))
+    PICTURE.save(tmp_path / "photo.png")
+    out = tmp_path / "out"
+    command = ["reproduce", "table-a", "content", "fig-c", "fig-e", "--scale", str(tmp_path / "own.json")]
+    command += ["--out", str(out), "--image", str(tmp_path / "photo.png"), "--question", "how many ?"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    tasks = {name: {one.name for one in read_rows(out / "results" / f"{name}.jsonl")} - {"mean"} for name in FILES}
+    assert tasks == {"sweep": {"open", "choice"}, "broad": {"reading"}, "choosing": {"presence"}}
+    head = (out / "table-a.md").read_text().splitlines()[0]
+    assert head == "| model | reading | mean |"
+    page = (out / "index.html").read_text()
+    assert "<h1>AdaLLaVA, own</h1>" in page and "how many ?" in page
+    assert (out / "fig-e-plans-L.png").is_file() and not (out / "table-b.md").exists()
+
+
+FILES = ("sweep", "broad", "choosing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"models": {"base": "x", "L": "y"}}, "names no model for H"),
+        ({"tasks": []}, "has no tasks"),
+        ({"tasks": ["pope"]}, "has no choosing_tasks"),
+        ({"choosing_tasks": ["open", "gqa"]}, "chooses and tests plans on open"),
+        ({"size": 7}, "must be a JSON object with name, models and tasks"),
+    ],
+)
+def test_bad_scales(change, words, tmp_path):
+    path = tmp_path / "scale.json"
+    good = {"name": "own", "models": dict.fromkeys(("base", "L", "H"), "x"), "tasks": ["open"]}
+    path.write_text(json.dumps(good))
+    assert find_scale(str(path)).tasks == ("open",)
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(ConfigError, match=words):
+        find_scale(str(path))
+
+
+def test_scales_that_come_with_the_package(tmp_path):
+    for name in ("7", "8b"):
+        with pytest.raises(ConfigError, match=r"not known\..*Known: mini, 7b"):
+            find_scale(name)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        find_scale(str(tmp_path / "none.json"))
+    full = find_scale("7b")
+    assert full.models["H-prumerge+"] == "zhuoyanxu/ada-llava-H-v1.5-7b-prumerge-plus"
+    assert set((*full.tasks, *full.broad_tasks)) <= set(MAIN)
+    (tmp_path / "llava-1.5-7b-L-random").mkdir()
+    (tmp_path / "llava-1.5-7b-L-random" / "adaptive_config.json").touch()
+    roles = full.roles(tmp_path)
+    assert roles["llava-1.5-7b-L-random"] == "L-random" and roles["llava-hf/llava-1.5-7b-hf"] == "base"
+    assert set(SCALES["mini"].roles(None)) == {"mini-base", "mini-L", "mini-H"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["fig-e", "--image", "photo.png"], "pass --image and --question together"),
         (["fig-z"], "there is no item 'fig-z'; known: all, table-a"),
         (["fig-a"], "fig-a is drawn from a run's training.json. Pass --training FILE."),
     ],

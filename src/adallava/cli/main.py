@@ -326,18 +326,38 @@ def reproduce(
         typer.Argument(help="all, or some of: table-a, table-b, table-c, content, fig-a to fig-g."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for results, tables, figures and the page.")] = Path("reproduction"),
-    limit: Annotated[int, typer.Option(help="Questions per task and run.")] = 300,
-    seed: Annotated[int, typer.Option(help="Which test scenes are drawn.")] = 1,
+    scale: Annotated[
+        str,
+        typer.Option(help="mini; 7b for the released models on lmms-eval's benchmarks; or a .json file of your own."),
+    ] = "mini",
+    limit: Annotated[
+        int | None, typer.Option(help="Questions per task and run.", show_default="300 of mini, else all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which test scenes of mini tasks are drawn.")] = 1,
     models: Annotated[
         Path | None, typer.Option(help="Folder of 'adallava train' with controls and models under token selection.")
     ] = None,
     training: Annotated[Path | None, typer.Option(help="training.json of a run, for fig-a.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Questions answered together.", show_default="64 of mini, else 8")
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="Folder that describes further tasks of lmms-eval (its include_path).")
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Picture of table-c and fig-e to -g, with --question.", show_default="a scene"),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="What to ask about --image; several to compare where it looks.")
+    ] = None,
 ) -> None:
-    """Make the paper's tables and figures in miniature from the mini models; a stopped run goes on where it was."""
+    """Make the paper's tables and figures, in miniature or at full scale; a stopped run goes on where it was."""
     from adallava.cli.reproduce import ReproduceOptions
     from adallava.cli.reproduce import reproduce as command
 
-    command(ReproduceOptions(tuple(what), out, limit, seed, models, training))
+    shown = (image, tuple(question or ()))
+    command(ReproduceOptions(tuple(what), out, scale, limit, seed, models, training, batch_size, tasks_folder, *shown))
 
 
 @app.command()

@@ -1,8 +1,8 @@
-"""What is measured for each table and figure of the paper in miniature: sweeps, plans and looks, as result rows.
+"""What is measured for each table and figure of the paper, at any scale: sweeps, plans and looks, as result rows.
 
-All sweeps go into one file, from which a stopped reproduction goes on. The shipped models are enough for most items;
-those that need models which are not shipped (controls, models trained under token selection) use the ones found in a
-folder that ``adallava train`` wrote, and do without them otherwise.
+Sweeps go into a file per set of tasks, from which a stopped reproduction goes on. Shipped or released models are enough
+for most items; those that need others (controls, models trained under token selection) use the ones found in a folder
+that ``adallava train`` wrote, and do without them otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,75 +22,107 @@ from adallava.config import AdaptiveConfig
 from adallava.errors import ConfigError
 from adallava.evaluation.plans import PlanCounts
 from adallava.evaluation.preflight import preflight
-from adallava.evaluation.sweep import MEAN, Listener, SweepSettings, sweep
+from adallava.evaluation.scales import BASE, SCALES, H, L, Scale
+from adallava.evaluation.sweep import MEAN, Listener, SweepSettings, label, sweep
 from adallava.hosts.looking import look
 from adallava.hosts.model import AdaptiveVLM
 from adallava.plan import ExecutionPlan, expand_tail
 from adallava.results import ResultRow, provenance
 
-BASE, L, H = "mini-base", "mini-L", "mini-H"
 BUDGETS = ("100%", "85%", "70%", "60%", "50%")
 PAPER_BUDGETS = ("100%", "85%", "60%")
 SELECTIONS = ("none", "prumerge", "prumerge+", "fastv", "random:ratio=0.25", "uniform:ratio=0.25")
 DRAWS = 5
 CANDIDATES = 20
 """Fixed plans that are tried per budget; all there are, where there are no more."""
+_FEW = 500
+"""Questions per task for choosing among them where a run has all there are."""
+SWEEP, BROAD, CHOOSING = "sweep.jsonl", "broad.jsonl", "choosing.jsonl"
+"""Result files: of most items, of Tab. A where it has tasks of its own, and of the search for the best fixed plan."""
 CHOOSING_SEED = 1_000_003
-"""Added to the seed: the questions on which the best fixed plan is chosen are not those it is tested on."""
+"""Added to the seed of mini tasks: the best fixed plan is not chosen on the questions that it is tested on."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is measured."""
+    """How much is measured, of which models, and where the results go."""
 
-    limit: int = 300
-    """Questions per family and run."""
+    out: Path
+    """Folder of the result files."""
+    scale: Scale = SCALES["mini"]
+    limit: int | None = None
+    """Questions per task and run; the scale's when None."""
     seed: int = 1
-    """Which test scenes are drawn."""
+    """Which test scenes of mini tasks are drawn."""
     models: Path | None = None
-    """Folder with trained models beside the shipped ones."""
+    """Folder with trained models beside the scale's."""
+    batch_size: int | None = None
+    """Questions answered together; the scale's when None."""
+    tasks_folder: Path | None = None
+    """Where further tasks of lmms-eval are described."""
 
-    def source(self, name: str) -> str | None:
-        """Where a model is: the folder's, else the shipped one, else None."""
-        if self.models is not None and (self.models / name / "config.json").is_file():
-            return str(self.models / name)
-        return name if name in (BASE, L, H) else None
+    @property
+    def questions(self) -> int | None:
+        """Questions per task and run; None for all."""
+        return self.limit or self.scale.limit
+
+    def found(self, *roles: str) -> list[str]:
+        """Where the models of the roles are, of those that are there."""
+        return [source for role in roles if (source := self.scale.source(role, self.models)) is not None]
+
+    def sweep(
+        self, budgets: Sequence[str], modes: Sequence[str], selections: Sequence[str], **more: Any
+    ) -> SweepSettings:
+        """Settings of one sweep over the scale's tasks, or over others that are passed."""
+        return SweepSettings(
+            tuple(Budget.parse(budget) for budget in budgets),
+            **{
+                "seed": self.seed,
+                "limit": self.questions,
+                "modes": tuple(modes),
+                "batch_size": self.batch_size or self.scale.batch_size,
+                "out": self.out / SWEEP,
+                "token_selections": tuple(selections),
+                "tasks": self.scale.tasks,
+                "tasks_folder": self.tasks_folder,
+                **more,
+            },
+        )
 
 
-def sweep_rows(settings: Settings, out: Path, items: Sequence[str], listener: Listener) -> list[ResultRow]:
-    """Run every sweep that ``items`` need, into ``out``; rows of all of them, those done before included."""
+def sweep_rows(settings: Settings, items: Sequence[str], listener: Listener) -> list[ResultRow]:
+    """Run every sweep that ``items`` need; rows of all of them, those done before included."""
     rows: list[ResultRow] = []
-    for models, budgets, modes, selections in _sweeps(settings, items):
-        parsed = tuple(Budget.parse(budget) for budget in budgets)
-        wanted = SweepSettings(parsed, settings.seed, settings.limit, modes, out=out, token_selections=selections)
-        rows += sweep(models, wanted, listener)
+    for models, asked in _sweeps(settings, items):
+        rows += sweep(models, asked, listener)
     return list({(*_key(row), row.name): row for row in rows}.values())
 
 
-_Sweep = tuple[list[str], tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+def broad_rows(settings: Settings, listener: Listener) -> list[ResultRow]:
+    """The rows of Tab. A where it has tasks of its own, else none."""
+    if not settings.scale.broad_tasks:
+        return []
+    more = {"tasks": settings.scale.broad_tasks, "out": settings.out / BROAD}
+    rows = sweep(settings.found(BASE), settings.sweep(("100%",), ("learned",), ("none",), **more), listener)
+    return rows + sweep(settings.found(L), settings.sweep(PAPER_BUDGETS, ("learned",), ("none",), **more), listener)
 
 
-def _sweeps(settings: Settings, items: Sequence[str]) -> Iterator[_Sweep]:
-    wanted = set(items)
+def _sweeps(settings: Settings, items: Sequence[str]) -> Iterator[tuple[list[str], SweepSettings]]:
+    wanted, scale = set(items), settings.scale
     none, learned = ("none",), ("learned",)
-    if wanted & {"table-a", "table-b", "fig-b", "fig-c", "fig-d", "content"}:
-        yield _found(settings, BASE), ("100%",), learned, none
-        yield _found(settings, L, H), BUDGETS, learned, none
+    if wanted & {"table-b", "fig-b", "fig-c", "fig-d", "content"} or ("table-a" in wanted and not scale.broad_tasks):
+        yield settings.found(BASE), settings.sweep(("100%",), learned, none)
+        yield settings.found(L, H), settings.sweep(BUDGETS, learned, none)
     if "table-b" in wanted:
-        yield _found(settings, BASE, L, H), PAPER_BUDGETS, learned, SELECTIONS[1:]
+        yield settings.found(BASE, L, H), settings.sweep(PAPER_BUDGETS, learned, SELECTIONS[1:])
         for selection in ("prumerge", "prumerge+", "fastv"):
-            trained = _found(settings, f"{L}-{selection}", f"{H}-{selection}")
-            if trained:
-                yield trained, PAPER_BUDGETS, learned, (selection,)
-    if "fig-c" in wanted and (ablations := _found(settings, "mini-L-9-switches", "mini-H-2-heads")):
-        yield ablations, BUDGETS, learned, none
+            if trained := settings.found(f"{L}-{selection}", f"{H}-{selection}"):
+                yield trained, settings.sweep(PAPER_BUDGETS, learned, (selection,))
+    if "fig-c" in wanted and (designs := settings.found(*(role for role in scale.designs if role not in (L, H)))):
+        yield designs, settings.sweep(BUDGETS, learned, none)
     if "fig-d" in wanted:
         draws = tuple("random" if draw == 0 else f"random:{draw}" for draw in range(DRAWS))
-        yield _found(settings, L, f"{L}-random"), BUDGETS, draws, none
-
-
-def _found(settings: Settings, *names: str) -> list[str]:
-    return [source for name in names if (source := settings.source(name)) is not None]
+        yield settings.found(L, f"{L}-random"), settings.sweep(BUDGETS, draws, none)
 
 
 def _key(row: ResultRow) -> tuple[str, ...]:
@@ -99,42 +132,29 @@ def _key(row: ResultRow) -> tuple[str, ...]:
 # -- learned plans against fixed ones -------------------------------------------------------------------------------
 
 
-def content_rows(
-    settings: Settings, out: Path, choosing: Path, learned: Sequence[ResultRow], listener: Listener
-) -> list[ResultRow]:
+def content_rows(settings: Settings, learned: Sequence[ResultRow], listener: Listener) -> list[ResultRow]:
     """The best single plan of each model and budget, chosen on other questions, then tested: its rows.
 
-    choosing: JSONL file of the runs among which it is chosen. learned: the sweep's rows of the learned plans, of which
-    the commonest are candidates where there are too many plans to try all.
+    learned: the sweep's rows of the learned plans, of which the commonest are candidates where there are too many plans
+    to try all.
     """
     rows: list[ResultRow] = []
-    for name in (L, H):
-        source = settings.source(name)
-        assert source is not None, "both are shipped"
-        config = preflight(source, (), ())
-        assert config is not None, "a local folder with an adaptive config"
+    # Other questions of the same tasks, or other tasks.
+    choosing: dict[str, Any] = {"limit": _few(settings), "out": settings.out / CHOOSING}
+    if settings.scale.choosing_tasks:
+        choosing["tasks"] = settings.scale.choosing_tasks
+    else:
+        choosing["seed"] = settings.seed + CHOOSING_SEED
+    for source in settings.found(L, H):
+        name = label(source)
+        config = preflight(source, (), ()) or AdaptiveVLM.from_pretrained(source).adaptive_config
+        assert config is not None, "L and H are adaptive"
         for budget in BUDGETS[1:-1]:  # at both ends there is only one plan
-            parsed = Budget.parse(budget)
-            modes = tuple(f"fixed:{key}" for key in candidates(config, parsed, name, learned))
-            tried = sweep(
-                [source],
-                SweepSettings(
-                    (parsed,),
-                    settings.seed + CHOOSING_SEED,
-                    _few(settings),
-                    modes,
-                    out=choosing,
-                    token_selections=("none",),
-                ),
-                listener,
-            )
+            modes = [f"fixed:{key}" for key in candidates(config, Budget.parse(budget), name, learned)]
+            tried = sweep([source], settings.sweep((budget,), modes, ("none",), **choosing), listener)
             means = [row for row in tried if row.name == MEAN]
             best = max(means, key=lambda row: row.metrics["accuracy"]).config["mode"]
-            rows += sweep(
-                [source],
-                SweepSettings((parsed,), settings.seed, settings.limit, (best,), out=out, token_selections=("none",)),
-                listener,
-            )
+            rows += sweep([source], settings.sweep((budget,), (best,), ("none",)), listener)
     return rows
 
 
@@ -157,8 +177,8 @@ def candidates(config: AdaptiveConfig, budget: Budget, model: str, learned: Sequ
 
 
 def _few(settings: Settings) -> int:
-    """Questions per family for choosing among many plans: a fifth, but not fewer than twenty."""
-    return max(20, settings.limit // 5)
+    """Questions per task for choosing among many plans: a fifth, but not fewer than twenty."""
+    return max(20, (settings.questions or _FEW * 5) // 5)
 
 
 # -- one picture: answers, plans, attention --------------------------------------------------------------------------

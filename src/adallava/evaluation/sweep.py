@@ -151,10 +151,14 @@ def _questions(task: str, settings: SweepSettings) -> int:
     return total if limit is None else min(limit, total)
 
 
+def label(source: str) -> str:
+    """What a model is called in rows: a folder's last part, else its name as it is."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
+
+
 def labels(models: Sequence[str]) -> dict[str, str]:
-    """Give each model a name for the rows: a folder's last part where that is unique, else the text as it is."""
-    unique = list(dict.fromkeys(models))
-    short = {model: Path(model).resolve().name if Path(model).is_dir() else model for model in unique}
+    """Give each model a name for the rows: its label where that is unique, else the text as it is."""
+    short = {model: label(model) for model in dict.fromkeys(models)}
     taken = list(short.values())
     return {name if taken.count(name) == 1 else model: model for model, name in short.items()}
 

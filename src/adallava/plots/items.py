@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from adallava.plots.tables import (
 )
 from adallava.results import ResultRow
 
-BASE, L, H = "mini-base", "mini-L", "mini-H"
-_VARIANT = {BASE: "base", L: "L", H: "H"}
+BASE, L, H = "base", "L", "H"
+"""Roles of models; what others a reproduction has, "L-random" or "H-prumerge+", begins with the variant."""
 _NAMES = {BASE: "base model", L: "AdaLLaVA-L", H: "AdaLLaVA-H"}
 MEAN = "mean"
 NOTHING = "-"
@@ -43,8 +43,13 @@ class Item:
 class Runs:
     """The rows of sweeps, found by what they are about."""
 
-    def __init__(self, rows: Iterable[ResultRow]) -> None:
-        self.rows = list(rows)
+    def __init__(self, rows: Iterable[ResultRow], roles: Mapping[str, str]) -> None:
+        """Name the models of ``rows`` by their roles; rows of models that have none are left out."""
+        self.rows = [
+            replace(row, config={**row.config, "model": roles[row.config["model"]]})
+            for row in rows
+            if row.config["model"] in roles
+        ]
         self._by_key = {(*self._key(row), row.name): row for row in self.rows}
         self.tasks = list(dict.fromkeys(row.name for row in self.rows if row.name != MEAN))
 
@@ -56,7 +61,7 @@ class Runs:
         self, model: str, budget: str, mode: str = "learned", selection: str = "none", task: str = MEAN
     ) -> dict[str, Any] | None:
         """The numbers of one run on one task, or None if it was not run."""
-        row = self._by_key.get((model, budget, "none" if model.startswith(BASE) else mode, selection, task))
+        row = self._by_key.get((model, budget, "none" if model == BASE else mode, selection, task))
         return None if row is None else row.metrics
 
     def values(self, model: str, budget: str, mode: str = "learned", selection: str = "none") -> list[float] | None:
@@ -90,8 +95,21 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def with_interval(metrics: dict[str, Any] | None) -> str:
-    """ "84.6 ± 0.8", or "-"."""
-    return NOTHING if metrics is None else f"{percent(metrics['accuracy'])} ± {percent(metrics['interval'])}"
+    """ "84.6 ± 0.8", or "-"; of a task that is told in points, such as MME, in points."""
+    if metrics is None:
+        return NOTHING
+    best = _best(metrics)
+    return f"{metrics['accuracy'] * best:.1f} ± {metrics['interval'] * best:.1f}"
+
+
+def in_its_unit(metrics: dict[str, Any] | None) -> str:
+    """ "84.6" percent, or "1510.7" points; "-" for nothing."""
+    return NOTHING if metrics is None else f"{metrics['accuracy'] * _best(metrics):.1f}"
+
+
+def _best(metrics: dict[str, Any]) -> float:
+    """What the best possible score is written as."""
+    return metrics["out_of"] if metrics.get("out_of", 1) != 1 else 100
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -111,8 +129,8 @@ def table_a(runs: Runs) -> Item:
     return Item(
         "table-a",
         "Tab. A: every task",
-        "Accuracy in % with 95 % intervals, the mini model on its benchmark; below it the paper's LLaVA-1.5-7B on "
-        "other benchmarks.",
+        "Accuracy in % (MME in points) with 95 % intervals; below it the paper's LLaVA-1.5-7B on the benchmarks "
+        "that are named there.",
         (Table(("model", *runs.tasks, "mean"), tuple(rows)), Table(("paper", *TABLE_A_COLUMNS), paper)),
     )
 
@@ -130,14 +148,15 @@ def table_b_item(runs: Runs) -> Item:
             if metrics is None:
                 continue
             values = runs.values(trained, budget, selection=selection)
-            theirs = paper.get((_VARIANT[model], budget))
+            cells = [in_its_unit(runs.find(trained, budget, selection=selection, task=task)) for task in runs.tasks]
+            theirs = paper.get((model, budget))
             rows.append(
                 (
                     f"{_NAMES[model]}{'' if trained == model else ', trained so'}",
                     _short(selection),
                     budget,
                     percent(metrics["flops_frac"]),
-                    *(percent(value) for value in values or ()),
+                    *cells,
                     with_interval(metrics),
                     percent(relative(values, base)) if values and base else NOTHING,
                     # The paper trains under PruMerge and PruMerge+.
@@ -146,10 +165,10 @@ def table_b_item(runs: Runs) -> Item:
             )
     columns = ("model", "token selection", "budget", "FLOPs %", *runs.tasks, "mean", "relative %", "paper's relative %")
     text = (
-        "Accuracy in %. FLOPs: share of the base model's prefill with all visual tokens (paper convention). Relative: "
-        "mean over tasks of the accuracy relative to the base model with all tokens; the paper's is that of "
-        "LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and PruMerge+; here only the "
-        "lines that say so are, the others were trained with all tokens."
+        "Accuracy in %, MME in points. FLOPs: share of the base model's prefill with all visual tokens (paper "
+        "convention). Relative: mean over tasks of the accuracy relative to the base model with all tokens; the "
+        "paper's is that of LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and "
+        "PruMerge+; here only the lines that say so are, the others were trained with all tokens."
     )
     return Item("table-b", "Tab. B: models, budgets, token selection", text, (Table(columns, tuple(rows)),))
 
@@ -232,15 +251,9 @@ def fig_b(runs: Runs) -> Item:
     return Item("fig-b", "Fig. B: tasks", text, figures={"tasks": figures.radar(runs.tasks, lines)})
 
 
-def fig_c(runs: Runs) -> Item:
-    """Fig. C: designs of switches."""
-    wanted = (
-        (L, "L, 6 switches"),
-        ("mini-L-9-switches", "L, 9 switches"),
-        (H, "H, single heads"),
-        ("mini-H-2-heads", "H, groups of 2 heads"),
-    )
-    lines = [line for model, label in wanted if (line := runs.line(model, label)) is not None]
+def fig_c(runs: Runs, designs: Mapping[str, str]) -> Item:
+    """Fig. C: designs of switches; designs: role -> what it says."""
+    lines = [line for role, told in designs.items() if (line := runs.line(role, told)) is not None]
     text = (
         "Accuracy over compute: number of switches, size of head groups, L against H (the paper: 16 and 24 switches, "
         "groups of 8 and 4 heads)."
