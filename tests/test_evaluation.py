@@ -9,12 +9,17 @@ import torch
 
 from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
+from adallava.cost import plan_loads
+from adallava.cost.flops import prefill_flops
+from adallava.cost.roofline import prefill_time_ms
 from adallava.evaluation import minibench
 from adallava.evaluation.minibench import LONGEST, TaskSettings, max_new_tokens, run_task
 from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
+from adallava.evaluation.tasks import TaskRun
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.questions import FAMILIES, benchmark
+from adallava.mini.scenes import sample_scene, to_image
 from adallava.plan import ExecutionPlan
 from adallava.selection.baselines import Random
 from tiny import processor, tiny_base, tiny_vlm
@@ -58,6 +63,20 @@ def test_every_right_answer_fits(vlm, task):
     longest = max(len(tokenizer(i.question.answer)["input_ids"]) - 1 for i in benchmark(task, 0, 300))
     assert longest < max_new_tokens(vlm, task)
     assert set(LONGEST[task].split()) <= set(tokenizer.get_vocab())
+
+
+def test_costs_are_means_over_the_answers(vlm):
+    run = TaskRun.of(vlm)
+    picture = to_image(sample_scene("test", 0, 0))
+    answers = [vlm.generate(picture, "how many ?", budget=budget, max_new_tokens=2) for budget in ("100%", "67%")]
+    for answer in answers:
+        run.add_cost(answer, vlm.spec)
+    run.scores = [1.0, 0.0]
+    told = run.metrics()
+    spec, tokens = vlm.spec, answers[0].layer_tokens
+    for name, cost in (("prefill_flops", prefill_flops), ("roofline_ms", prefill_time_ms)):
+        each = [cost(spec, plan_loads(spec, answer.plan, 0), tokens) for answer in answers]
+        assert each[1] < each[0] and told[name] == pytest.approx(sum(each) / 2)
 
 
 def test_batches_ask_what_single_requests_ask(vlm):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, TrainerCallback
 from adallava import AdaptiveVLM
 from adallava.data.collate import Collator
 from adallava.errors import UnknownNameError
+from adallava.evaluation.sweep import weights_digest
 from adallava.mini import recipe
 from adallava.mini.dataset import ConversationDataset, SceneData
 from adallava.results import read_rows
@@ -96,6 +97,10 @@ def test_the_whole_recipe_in_miniature(tmp_path, monkeypatch):
     assert (tmp_path / "mini-L" / "model.safetensors").stat().st_mtime_ns == stamp, "a finished stage is not repeated"
     recipe.run("mini-shallow", tmp_path, scale)
     assert AdaptiveVLM.from_pretrained(tmp_path / "mini-shallow").spec.num_layers == recipe.PREFIX_LAYERS
+    longer = AdaptiveVLM.from_pretrained(recipe.run("mini-base-longer", tmp_path, scale))
+    assert longer.adaptive_config is None
+    base = AdaptiveVLM.from_pretrained(tmp_path / "mini-base")
+    assert weights_digest(longer) != weights_digest(base), "it was trained on"
     recipe.run("mini-selection", tmp_path, scale)
     for name in ("mini-L-prumerge", "mini-L-prumerge+", "mini-H-prumerge", "mini-H-prumerge+", "mini-L-fastv"):
         vlm = AdaptiveVLM.from_pretrained(tmp_path / name)

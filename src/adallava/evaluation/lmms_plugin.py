@@ -227,7 +227,7 @@ class AdaLLaVA(lmms):
             if isinstance(answer, Exception):
                 self.run.failures.append(f"{task} {number}: {type(answer).__name__}: {answer}")
             else:
-                self.run.add_cost(answer)
+                self.run.add_cost(answer, self.vlm.spec)
             if self.samples is not None:
                 self.samples.add({"task": task, "split": split, "doc_id": number}, answer, rows)
         if isinstance(answer, Exception):

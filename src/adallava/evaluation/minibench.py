@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from adallava.cost import ModelSpec
 from adallava.evaluation.answering import Answering
 from adallava.evaluation.tasks import OnBatch, TaskRun, TaskSettings
 from adallava.hosts.answer import Answer
@@ -55,7 +56,7 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: OnBatch | None 
                 raise errors[0]
             run.failures += [f"{type(error).__name__}: {error}" for error in errors]
         for item, answer in zip(items, answers, strict=True):
-            _take(run, item, answer)
+            _take(run, item, answer, vlm.spec)
         if on_batch is not None:
             on_batch(len(items))
     return run
@@ -71,9 +72,9 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _take(run: TaskRun, item: Item, answer: Answer | Exception) -> None:
+def _take(run: TaskRun, item: Item, answer: Answer | Exception, spec: ModelSpec) -> None:
     if isinstance(answer, Exception):
         run.scores.append(0.0)
         return
     run.scores.append(score(item.question, answer.text))
-    run.add_cost(answer)
+    run.add_cost(answer, spec)

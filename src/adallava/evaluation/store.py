@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adallava.errors import ResultExistsError
+from adallava.evaluation.tasks import COSTS
 from adallava.results import ResultRow, append_jsonl, read_rows
 
 
@@ -65,9 +66,9 @@ def _key(row: ResultRow) -> Key:
 
 
 def _completed(row: ResultRow) -> ResultRow:
-    """A row as it would be written now: rows from before token selection kept every token and did not count them."""
+    """A row as it would be written now: older ones did not count tokens, which all were kept, or tell all costs."""
     config = {"token_selection": "none", **row.config}
-    return replace(row, config=config, metrics={"prompt_tokens": None, "last_layer_tokens": None, **row.metrics})
+    return replace(row, config=config, metrics={**dict.fromkeys(COSTS), **row.metrics})
 
 
 def _drop_cut_line(path: Path) -> None:

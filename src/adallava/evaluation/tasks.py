@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from adallava.budget import Budget
+from adallava.cost import ModelSpec, full_loads, plan_loads
+from adallava.cost.roofline import prefill_time_ms
 from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
 from adallava.hosts.answer import Answer
@@ -71,26 +73,41 @@ class TaskRun:
     """The error of each question that failed."""
     flops_fracs: list[float] = field(default_factory=list)
     """Share of the base model's prefill FLOPs, for each answered question (paper convention)."""
+    prefill_flops: list[float] = field(default_factory=list)
+    """FLOPs of each prefill (paper convention)."""
+    roofline_ms: list[float] = field(default_factory=list)
+    """Roofline time of each prefill, alone on the paper's device: its column "prefill time"."""
     prompt_tokens: list[int] = field(default_factory=list)
     """Tokens of each answered prompt before any is dropped, without the latency token."""
     last_layer_tokens: list[int] = field(default_factory=list)
     """Tokens of it that are left in the last layer, without the latency token."""
     plans: PlanCounts | None = None
     """The plans that were run; None for a base model."""
+    _known_ms: dict[Any, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, vlm: AdaptiveVLM) -> TaskRun:
         """Nothing yet of a model."""
         return cls(plans=None if vlm.adaptive_config is None else PlanCounts.for_config(vlm.adaptive_config))
 
-    def add_cost(self, answer: Answer) -> None:
-        """Take what an answer cost."""
+    def add_cost(self, answer: Answer, spec: ModelSpec) -> None:
+        """Take what an answer cost; spec: the model's sizes."""
         self.flops_fracs.append(answer.cost.frac)
+        self.prefill_flops.append(answer.cost.prefill_flops)
+        self.roofline_ms.append(self._roofline_ms(answer, spec))
         self.prompt_tokens.append(answer.prompt_tokens)
         # The latency token is not counted, so that models with and without one can be compared.
         self.last_layer_tokens.append(answer.layer_tokens[-1] - (answer.plan is not None))
         if self.plans is not None and answer.plan is not None:
             self.plans.add(answer.plan)
+
+    def _roofline_ms(self, answer: Answer, spec: ModelSpec) -> float:
+        plan, tokens = answer.plan, answer.layer_tokens
+        key = (None if plan is None else PlanCounts.key_of(plan), *tokens)
+        if key not in self._known_ms:
+            loads = full_loads(spec) if plan is None else plan_loads(spec, plan, 0)
+            self._known_ms[key] = prefill_time_ms(spec, loads, tokens)
+        return self._known_ms[key]
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of a result row."""
@@ -107,13 +124,14 @@ class TaskRun:
             "failed": len(self.failures),
             "failures": self.failures[:5],
             "flops_frac": mean_of(self.flops_fracs),
-            "prompt_tokens": mean_of(self.prompt_tokens),
-            "last_layer_tokens": mean_of(self.last_layer_tokens),
+            **{name: mean_of(getattr(self, name)) for name in COSTS},
             "plans": self.plans.statistics() if self.plans else None,
             "plan_counts": self.plans.to_dict() if self.plans else None,
         }
 
 
+COSTS = ("prefill_flops", "roofline_ms", "prompt_tokens", "last_layer_tokens")
+"""Metrics that are means over the questions; None where nobody knows them."""
 OnBatch = Callable[[int], None]
 """Called after each batch with the number of questions in it."""
 
@@ -132,7 +150,7 @@ def mean_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failed": sum(m["failed"] for m in metrics),
         "failures": [text for m in metrics for text in m["failures"]][:5],
         "flops_frac": sum(fracs) / len(fracs) if fracs else None,
-        **{name: mean_of([m[name] for m in metrics]) for name in ("prompt_tokens", "last_layer_tokens")},
+        **{name: mean_of([m.get(name) for m in metrics]) for name in COSTS},
         "plans": plans.statistics() if plans else None,
         "plan_counts": None,  # the tasks' rows have them
     }

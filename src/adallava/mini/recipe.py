@@ -183,6 +183,16 @@ def _shallow(output: Path, scale: float, callbacks: Callbacks) -> Path:
     return train_base(output, PREFIX_LAYERS, scale, callbacks)
 
 
+def _longer(output: Path, scale: float, callbacks: Callbacks) -> Path:
+    """The base model on what L and H were trained on, as long as they were: what they gain from that alone."""
+    base, config, name = train_base(output, LAYERS, scale, callbacks), scaled(ADAPTIVE, scale), "mini-base-longer"
+    torch.manual_seed(3)
+    model = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    data = SceneData(config.steps * config.batch_size, seed=3)
+    train_language(model, output / name, config, data, ADAPTIVE_QUESTIONS, callbacks=callbacks)
+    return output / name
+
+
 def _adaptive(
     name: str, variant: str, mode: Mode = "learned", token_selection: str = "none", **fields: Any
 ) -> Callable[..., Path]:
@@ -223,6 +233,7 @@ RECIPES = {
     "mini-L-random": Recipe("control: the L stage under random plans", _adaptive("mini-L-random", "L", "random")),
     "mini-H-random": Recipe("control: the H stage under random plans", _adaptive("mini-H-random", "H", "random")),
     "mini-shallow": Recipe("control: the base recipe with only the prefix depth", _shallow),
+    "mini-base-longer": Recipe("control: the base model trained on for as long as L and H", _longer),
     "mini-L-9-switches": Recipe(
         "ablation: a prefix of three layers (the paper's Fig. C)", _adaptive("mini-L-9-switches", "L", prefix_layers=3)
     ),

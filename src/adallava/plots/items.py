@@ -102,6 +102,11 @@ def with_interval(metrics: dict[str, Any] | None) -> str:
     return f"{metrics['accuracy'] * best:.1f} ± {metrics['interval'] * best:.1f}"
 
 
+def _number(value: float | None, unit: float) -> str:
+    """Three digits, or "-"."""
+    return NOTHING if value is None else f"{value / unit:.3g}"
+
+
 def in_its_unit(metrics: dict[str, Any] | None) -> str:
     """ "84.6" percent, or "1510.7" points; "-" for nothing."""
     return NOTHING if metrics is None else f"{metrics['accuracy'] * _best(metrics):.1f}"
@@ -155,7 +160,9 @@ def table_b_item(runs: Runs) -> Item:
                     f"{_NAMES[model]}{'' if trained == model else ', trained so'}",
                     _short(selection),
                     budget,
+                    _number(metrics.get("prefill_flops"), 1e9),
                     percent(metrics["flops_frac"]),
+                    _number(metrics.get("roofline_ms"), 1),
                     *cells,
                     with_interval(metrics),
                     percent(relative(values, base)) if values and base else NOTHING,
@@ -163,12 +170,14 @@ def table_b_item(runs: Runs) -> Item:
                     percent(relative(theirs, reference)) if theirs else NOTHING,
                 )
             )
-    columns = ("model", "token selection", "budget", "FLOPs %", *runs.tasks, "mean", "relative %", "paper's relative %")
+    costs = ("GFLOPs", "FLOPs %", "prefill ms (roofline)")
+    columns = ("model", "token selection", "budget", *costs, *runs.tasks, "mean", "relative %", "paper's relative %")
     text = (
-        "Accuracy in %, MME in points. FLOPs: share of the base model's prefill with all visual tokens (paper "
-        "convention). Relative: mean over tasks of the accuracy relative to the base model with all tokens; the "
-        "paper's is that of LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and "
-        "PruMerge+; here only the lines that say so are, the others were trained with all tokens."
+        "Accuracy in %, MME in points. FLOPs of the prefill in the paper's convention, and as a share of the base "
+        "model's with all visual tokens; time of the prefill on the paper's device, a V100, by its roofline. Relative: "
+        "mean over tasks of the accuracy relative to the base model with all tokens; the paper's is that of "
+        "LLaVA-1.5-7B on its six benchmarks, where AdaLLaVA is trained under PruMerge and PruMerge+; here only the "
+        "lines that say so are, the others were trained with all tokens."
     )
     return Item("table-b", "Tab. B: models, budgets, token selection", text, (Table(columns, tuple(rows)),))
 
