@@ -1,5 +1,6 @@
 """lmms-eval: our model in it, its tasks in a sweep, the mini benchmark as its tasks. Run by `make test-eval`."""
 
+import copy
 import json
 import os
 import subprocess
@@ -7,9 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    Blip2Config,
+    Blip2Processor,
+    IdeficsConfig,
+    IdeficsProcessor,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from adallava.budget import Budget, parse_budgets
-from adallava.errors import BudgetError, ConfigError, ResultExistsError, UnknownNameError
+from adallava.errors import BudgetError, ConfigError, PromptError, ResultExistsError, UnknownNameError
 
 pytest.importorskip("lmms_eval", reason="needs the extra [eval]: make test-eval")
 from lmms_eval.api.instance import Instance
@@ -18,11 +32,15 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from adallava.cli import doctor
-from adallava.evaluation import lmms_plugin, lmms_tasks
+from adallava.evaluation import lmms_baseline, lmms_plugin, lmms_tasks
+from adallava.evaluation.lmms_baseline import Baseline
+from adallava.evaluation.lmms_chat import FAILED
 from adallava.evaluation.lmms_mini import METRIC, PREFIX, export
-from adallava.evaluation.lmms_plugin import FAILED, AdaLLaVA
+from adallava.evaluation.lmms_plugin import AdaLLaVA
 from adallava.evaluation.sweep import SweepSettings, sweep
 from adallava.hosts.model import AdaptiveVLM
+from adallava.hosts.prompts import Prompt, Request
+from adallava.mini.build import build_processor
 from adallava.mini.questions import DESCRIBE
 from adallava.mini.scenes import sample_scene, to_image
 from tiny import tiny_vlm
@@ -101,11 +119,11 @@ def test_the_command_gives_what_a_sweep_gives(folder, tmp_path):
 
 
 def test_the_entry_point_names_the_chat_model(monkeypatch):
-    assert get_model("adallava") is AdaLLaVA
-    assert AdaLLaVA.is_simple is False
+    assert get_model("adallava") is AdaLLaVA and get_model("adallava_baseline") is Baseline
+    assert AdaLLaVA.is_simple is Baseline.is_simple is False
     (check,) = doctor._lmms_eval()
     assert (check.status, check.detail) == ("ok", "knows --model adallava")
-    monkeypatch.setattr(lmms_plugin, "manifest", lambda: 1 / 0)
+    monkeypatch.setattr(lmms_plugin, "manifests", lambda: 1 / 0)
     (check,) = doctor._lmms_eval()
     assert (check.status, "division by zero" in check.detail) == ("fail", True)
 
@@ -131,7 +149,7 @@ def test_a_failed_sample_is_counted_and_no_empty_answer(manager, tmp_path, monke
     assert [answer == FAILED for answer in answers] == broken
     assert "" not in answers
     failed = [line for line in lines(tmp_path / "s.jsonl") if line["failed"]]
-    assert len(failed) == len(model.run.failures) == sum(broken)
+    assert len(failed) == len(model.failures) == sum(broken)
     assert {line["error"] for line in failed} == {"RuntimeError: out of memory"}
     assert told["throughput"]["avg_failed_samples"] == sum(broken)
 
@@ -168,8 +186,8 @@ def test_a_sample_that_cannot_be_prepared_fails_alone(vlm):
     told = [result.text for result in model.generate_until(instances)]
     assert told[0] not in ("", FAILED)
     assert told[1:] == [FAILED, FAILED]
-    assert [text.partition(":")[0] for text in model.run.failures] == ["task 1", "task 2"]
-    assert "videos" in model.run.failures[1]
+    assert [text.partition(":")[0] for text in model.failures] == ["task 1", "task 2"]
+    assert "videos" in model.failures[1]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +201,7 @@ def test_a_sample_that_cannot_be_prepared_fails_alone(vlm):
     ],
 )
 def test_what_a_task_asks_of_decoding(vlm, asked, expected):
-    options = AdaLLaVA(vlm, samples="none")._options(asked)
+    options = AdaLLaVA(vlm, samples="none").decoding(asked)
     assert options.items() >= expected.items()
     assert set(options) <= {"max_new_tokens", "do_sample", "num_beams", "temperature", "top_p"}
     if not options["do_sample"]:
@@ -246,6 +264,97 @@ def test_a_lent_model_stays_and_a_loaded_one_goes(vlm):
     assert lent.vlm is vlm
     with pytest.raises(IndexError):
         _ = own.vlm
+
+
+# -- baselines --------------------------------------------------------------------------------------------------------
+
+
+def tiny_tokenizer():
+    ours = build_processor().tokenizer
+    marks = {name: getattr(ours, name) for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(ours.backend_tokenizer), **marks)
+    tokenizer.add_tokens(["Question:", "Answer:", "User:", "Assistant:", "<fake_token_around_image>", "<image>"])
+    return tokenizer
+
+
+def tiny_blip2(folder, text="opt"):
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if text == "opt":
+        words = OPTConfig(vocab_size=100, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
+        words.word_embed_proj_dim = 16
+    else:
+        words = T5Config(vocab_size=100, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        words.decoder_start_token_id = tokenizer.pad_token_id
+    words.bos_token_id, words.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    words.pad_token_id = tokenizer.pad_token_id
+    config = Blip2Config(
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        qformer_config={**sizes, "encoder_hidden_size": 16},
+        text_config=words,
+        num_query_tokens=4,
+    )
+    processor = Blip2Processor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, 4)
+    config.image_token_index = config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    save_tiny(config, processor, folder)
+
+
+def tiny_idefics(folder):
+    tokenizer = tiny_tokenizer()
+    vision = {"embed_dim": 16, "image_size": 32, "patch_size": 16, "intermediate_size": 16}
+    config = IdeficsConfig(
+        vocab_size=len(tokenizer),
+        additional_vocab_size=0,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        cross_layer_interval=1,
+        use_resampler=False,
+        vision_config={**vision, "num_hidden_layers": 1, "num_attention_heads": 2},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    save_tiny(config, IdeficsProcessor(IdeficsImageProcessorPil(image_size=32), tokenizer), folder)
+
+
+def save_tiny(config, processor, folder):
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("make", [tiny_blip2, lambda folder: tiny_blip2(folder, "t5"), tiny_idefics])
+def test_baselines_of_transformers_answer(make, folder, tmp_path):
+    make(tmp_path)
+    source = f"lmms:adallava_baseline:pretrained={tmp_path}"
+    row, _ = sweep([source], settings(tasks=(PREFIX + "open",), tasks_folder=folder))
+    assert (row.metrics["n"], row.metrics["flops_frac"]) == (LIMIT, None)
+    baseline = Baseline(str(tmp_path), device="cpu", max_new_tokens=3)
+    picture = to_image(sample_scene("test", 0, 0))
+    words = {"type": "text", "text": "what color is the star ?"}
+    asked = Request(messages=[{"role": "user", "content": [{"type": "image"}, words]}], images=[picture])
+    (text,) = baseline.answer([asked], {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}, "task")
+    assert isinstance(text, str) and "color" not in text and "Question" not in text
+
+
+def test_prompts_of_baselines(tmp_path):
+    made = []
+
+    def processor(**given):
+        made.append(given["text"])
+
+    words = {"type": "text", "text": "what is it ?"}
+    asked = Prompt([{"role": "user", "content": [{"type": "image"}, words]}], ["a picture"])
+    lmms_baseline.PROMPTS["blip-2"](processor, asked)
+    lmms_baseline.PROMPTS["idefics"](processor, asked)
+    assert made == ["Question: what is it ? Answer:", [["User:", "a picture", "what is it ?", "\nAssistant:"]]]
+    with pytest.raises(PromptError, match="one picture; here are 2"):
+        lmms_baseline.PROMPTS["blip-2"](processor, Prompt(asked.messages, ["a", "b"]))
+    tiny_vlm().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is a llava model"):
+        Baseline(str(tmp_path), device="cpu")
 
 
 # -- the sweep --------------------------------------------------------------------------------------------------------

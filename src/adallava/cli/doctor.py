@@ -199,9 +199,9 @@ def _lmms_eval() -> Iterator[Check]:
         yield Check("lmms-eval", "warn", "it does not know adallava, which is not installed", "pip install -e .")
     for point in points:
         try:
-            path = point.load()().chat_class_path
-            module, _, name = path.rpartition(".")
-            getattr(importlib.import_module(module), name)
+            for manifest in point.load()():
+                module, _, name = manifest.chat_class_path.rpartition(".")
+                getattr(importlib.import_module(module), name)
         except Exception as error:
             remedy = "Install lmms-eval again: pip install --force-reinstall 'adallava[eval]'"
             yield Check("lmms-eval", "fail", f"{point.value} cannot be loaded: {error}", remedy)
