@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 EVAL := .venv-eval
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-eval parity lint format clean
+.PHONY: help install demo test test-eval bench parity lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## *(.*)/  \1\t\2/'
@@ -32,6 +32,10 @@ $(EVAL)/.installed: pyproject.toml constraints.txt
 
 test-eval: $(EVAL)/.installed  ## run the tests that need lmms-eval, in an environment of their own
 	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q -m lmms
+
+# Ten minutes on two idle cores; the last line is one JSON object.
+bench: $(STAMP)  ## measure whether milliseconds follow FLOPs
+	$(BIN)/adallava bench speed --rounds 5 --json
 
 # The recordings that come with the tests, unless DIR names others.
 DIR ?= tests/golden

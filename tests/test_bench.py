@@ -1,15 +1,18 @@
 """Benchmarks run, compare in the same round, and keep their files. What they measure is not tested: it is measured."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from adallava.bench import BenchSettings
+from adallava.bench import BenchSettings, speed
+from adallava.bench.models import random_llava
 from adallava.bench.selection import SELECTIONS, measure
 from adallava.bench.timing import Times, interleaved
 from adallava.cli.main import app
+from adallava.cost import LayerLoad, ModelSpec
 from adallava.errors import ConfigError
 from adallava.results import read_rows
 
@@ -48,7 +51,48 @@ def test_the_command_keeps_its_file(tmp_path):
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "Result files are kept" in again.output
     told = CliRunner().invoke(app, [*arguments[:-2], "--json"])
-    assert len(json.loads(told.stdout)) == len(SELECTIONS)
+    assert told.stdout.count("\n") == 1
+    one = json.loads(told.stdout)
+    assert len(one["rows"]) == len(SELECTIONS) and one["rows"][0]["token_selection"] == "none"
+    assert one["provenance"]["torch"] == torch.__version__
+
+
+def test_speed_tells_ratios_beside_shares():
+    rows = {row.config["measure"]: row.metrics for row in speed.measure(BenchSettings("tiny", rounds=1, threads=1))}
+    half, most = rows["L 50%, prefill"], rows["L 75%, prefill"]
+    assert half["share"] == pytest.approx(0.5, abs=0.05) and most["share"] == pytest.approx(0.75, abs=0.05)
+    assert rows["H 75%, prefill"]["share"] == pytest.approx(0.75, abs=0.05)
+    assert 0.5 < rows["L 50%, decode"]["share"] < 0.6  # the output layer is read at any budget
+    assert rows["L, 8 requests at 50 to 100%, prefill"]["share"] == pytest.approx(0.75, abs=0.05)
+    assert rows["L, 8 requests at 50 to 100%, decode"]["share"] > 0.75  # what one row runs is read for all
+    for name in ("L 50%, KV bytes", "H 75%, KV bytes"):
+        assert rows[name]["ratio"] == 1.0 and rows[name]["held"] is True
+    promised = {name for name, row in rows.items() if row["allowance"] is not None}
+    assert set(rows) - promised == {name for name in rows if name.startswith("static model")}
+    for row in rows.values():
+        assert row["ratio"] > 0 and (
+            row["held"] is None or row["held"] == (row["ratio"] <= row["share"] + row["allowance"])
+        )
+
+
+def test_bytes_of_a_step():
+    spec = ModelSpec(8, 16, 2, 4, 2, 2, 10)  # width, neurons, layers, heads, kv heads, head size, words
+    whole, none = LayerLoad(4, Fraction(1)), LayerLoad(0, Fraction(0))
+    layer, cache = 2 * 8 * (8 + 4) + 3 * 8 * 16, 2 * 4 * 7
+    assert speed.step_bytes(spec, [(whole, whole)], 7) == 80 + 2 * (layer + cache)
+    assert speed.step_bytes(spec, [(whole, none)], 7) == 80 + layer + cache
+    assert speed.step_bytes(spec, [(whole, none), (whole, whole)], 7) == 80 + 2 * layer + 3 * cache
+    half = LayerLoad(2, Fraction(1, 2))
+    assert speed.step_bytes(spec, [(whole, half)], 7) == 80 + 1.5 * (layer + cache)
+
+
+def test_models_share_their_weights():
+    base = random_llava("tiny", torch.device("cpu"))
+    twin, shallow = speed._twin(base), speed._twin(base, 2)
+    assert twin is not base and len(shallow.model.language_model.layers) == 2
+    assert base.config.text_config.num_hidden_layers == 4 == len(base.model.language_model.layers)
+    for name, weight in twin.named_parameters():
+        assert weight is base.get_parameter(name)
 
 
 def test_mistakes():

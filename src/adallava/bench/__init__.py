@@ -38,3 +38,4 @@ Benchmark = Callable[[BenchSettings], list[ResultRow]]
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark")
 BENCHMARKS.register("selection", "adallava.bench.selection:measure")
 BENCHMARKS.register("latency", "adallava.bench.latency:measure")
+BENCHMARKS.register("speed", "adallava.bench.speed:measure")

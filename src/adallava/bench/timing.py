@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -27,19 +28,36 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.ms, other.ms, strict=True))
 
 
+Result = TypeVar("Result")
+
+
+def in_rounds(things: Mapping[str, Callable[[], Result]], rounds: int, seed: int = 0) -> dict[str, list[Result]]:
+    """Run everything once per round, in an order drawn anew; what each returned, but for a first round to warm up."""
+    rng = random.Random(seed)
+    told: dict[str, list[Result]] = {name: [] for name in things}
+    for number in range(rounds + 1):
+        for name in rng.sample(list(things), len(things)):
+            result = things[name]()
+            if number > 0:
+                told[name].append(result)
+    return told
+
+
 def interleaved(
     things: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, seed: int = 0
 ) -> dict[str, Times]:
-    """Run everything once per round, in an order drawn anew, after one round that is not counted."""
-    rng = random.Random(seed)
-    taken: dict[str, list[float]] = {name: [] for name in things}
-    for number in range(rounds + 1):
-        for name in rng.sample(list(things), len(things)):
+    """Time everything once per round, see ``in_rounds``."""
+
+    def timed(thing: Callable[[], object]) -> Callable[[], float]:
+        def run() -> float:
             started = now(device)
-            things[name]()
-            if number > 0:
-                taken[name].append(1e3 * (now(device) - started))
-    return {name: Times(tuple(ms)) for name, ms in taken.items()}
+            thing()
+            return 1e3 * (now(device) - started)
+
+        return run
+
+    told = in_rounds({name: timed(thing) for name, thing in things.items()}, rounds, seed)
+    return {name: Times(tuple(ms)) for name, ms in told.items()}
 
 
 def now(device: torch.device) -> float:

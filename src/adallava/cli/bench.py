@@ -23,7 +23,8 @@ def bench(name: str, settings: BenchSettings, out: Path | None, as_json: bool) -
     if out is not None:
         write_json(out, rows)
     if as_json:
-        print(json.dumps([row.to_dict() for row in rows], indent=2))
+        told = [{**row.config, **row.metrics} for row in rows]
+        print(json.dumps({"benchmark": name, "rows": told, "provenance": rows[0].provenance}))
     else:
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -45,5 +46,7 @@ def table(rows: list[ResultRow]) -> Table:
     return made
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "-", True: "yes", False: "no"}[value]
     return str(value) if isinstance(value, int) else f"{value:.3f}" if value < 10 else f"{value:.1f}"

@@ -216,7 +216,10 @@ def calibrate(
 def bench(
     name: Annotated[
         str,
-        typer.Argument(help="selection: prefill time over the visual tokens kept. latency: how budgets in ms hold."),
+        typer.Argument(
+            help="speed: do ms follow FLOPs? selection: prefill time over the visual tokens kept. latency: how budgets "
+            "in ms hold."
+        ),
     ],
     model: Annotated[
         str, typer.Option(help="Random weights in the shape of: tiny, mid, llava-1.5-7b; for latency also mini-L ...")
