@@ -87,15 +87,21 @@ def learned_against_random(learned: Line, random: Mapping[str, Sequence[Line]], 
     return figure
 
 
-def radar(tasks: Sequence[str], lines: Mapping[str, Sequence[float]], centre: float = 0.6) -> Figure:
-    """Fig. B: accuracy of every task relative to the base model, from ``centre`` (of 1) in the middle outwards."""
+def radar(tasks: Sequence[str], lines: Sequence[Line], centre: float = 0.6) -> Figure:
+    """Fig. B: accuracy of every task relative to the base model, from ``centre`` (of 1) in the middle outwards.
+
+    lines: y and interval have a value per task; x is not used. Intervals are drawn a little beside each other.
+    """
     angles = np.linspace(0, 2 * math.pi, len(tasks), endpoint=False)
     figure = Figure(figsize=(5.2, 5.2), layout="constrained")
     axes: Any = figure.add_subplot(projection="polar")
-    for (label, values), style in zip(lines.items(), _STYLES, strict=False):
-        closed = PERCENT * np.append(values, values[0])
-        axes.plot(np.append(angles, angles[0]), closed, markersize=4, linewidth=1.5, label=label, **style)
-    highest = max([1.0, *(max(values) for values in lines.values())])
+    for number, (line, style) in enumerate(zip(lines, _STYLES, strict=False)):
+        closed = PERCENT * np.append(line.y, line.y[0])
+        axes.plot(np.append(angles, angles[0]), closed, markersize=4, linewidth=1.5, label=line.label, **style)
+        bars = {"fmt": "none", "capsize": 2, "linewidth": 0.8, "ecolor": style["color"]}
+        beside = angles + 0.04 * (number - (len(lines) - 1) / 2)
+        axes.errorbar(beside, closed[:-1], yerr=PERCENT * np.array(line.interval), **bars)
+    highest = max([1.0, *(y + bar for line in lines for y, bar in zip(line.y, line.interval, strict=True))])
     axes.set_ylim(PERCENT * centre, PERCENT * math.ceil(20 * highest) / 20)
     axes.set_xticks(angles, tasks)
     axes.set_rlabel_position(90 / max(1, len(tasks)))
