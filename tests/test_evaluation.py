@@ -1,6 +1,7 @@
 """One task of the mini benchmark: scores, failures, plan counts; and the statistics of plans."""
 
 import dataclasses
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -13,11 +14,12 @@ from adallava.cost import plan_loads
 from adallava.cost.flops import prefill_flops
 from adallava.cost.roofline import prefill_time_ms
 from adallava.evaluation import minibench
+from adallava.evaluation.answering import Answering
 from adallava.evaluation.minibench import LONGEST, TaskSettings, max_new_tokens, run_task
 from adallava.evaluation.modes import PlanMode
 from adallava.evaluation.plans import PlanCounts
 from adallava.evaluation.tasks import TaskRun
-from adallava.hosts.model import AdaptiveVLM
+from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.mini.questions import FAMILIES, benchmark
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.plan import ExecutionPlan
@@ -143,6 +145,23 @@ def test_a_failed_sample_is_counted_and_named(vlm, monkeypatch):
     assert run.scores == [*expected.scores[:4], 0, *expected.scores[5:]]
     assert len(run.flops_fracs) == run.plans.counts.total() == 5
     assert len(run.prompt_tokens) == len(run.last_layer_tokens) == 5
+
+
+def test_a_failed_batch_holds_no_memory_while_its_halves_are_tried(vlm, monkeypatch):
+    class Inputs:
+        pass
+
+    held = []
+
+    def generate_batch(requests, **kwargs):
+        inputs = Inputs()
+        assert [one() for one in held] == [None] * len(held), "what failed before is still there"
+        held.append(weakref.ref(inputs))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(vlm, "generate_batch", generate_batch)
+    told = Answering(vlm, None, "")([Request("how many ?")] * 4, {})
+    assert len(held) == 7 and [str(error) for error in told] == ["out of memory"] * 4
 
 
 def test_a_broken_model_is_an_error_and_no_zero(vlm, monkeypatch):

@@ -212,6 +212,15 @@ def test_a_kept_profile_is_found_and_refused_where_it_does_not_hold(vlm, monkeyp
         ask(tiny_vlm(), "80 s")
 
 
+def test_a_profile_that_does_not_hold_foretells_nothing(vlm):
+    vlm.profiles.use(None)
+    other = profile_of(vlm, fingerprint={**fingerprint(vlm), "torch": "1.0"})
+    other.save(profile_path(fingerprint(vlm)))
+    with pytest.raises(ProfileError, match="torch"):
+        ask(vlm, "80 s")
+    assert ask(vlm, "100%").foretold is None
+
+
 def test_a_profile_holds_for_one_token_selection(vlm):
     profile_of(vlm).save(profile_path(fingerprint(vlm)))
     fresh = tiny_vlm()

@@ -32,12 +32,13 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from adallava.cli import doctor
-from adallava.evaluation import lmms_baseline, lmms_plugin, lmms_tasks
+from adallava.evaluation import lmms_baseline, lmms_chat, lmms_manifest, lmms_tasks
 from adallava.evaluation.lmms_baseline import Baseline
 from adallava.evaluation.lmms_chat import FAILED
 from adallava.evaluation.lmms_mini import METRIC, PREFIX, export
 from adallava.evaluation.lmms_plugin import AdaLLaVA
 from adallava.evaluation.sweep import SweepSettings, sweep
+from adallava.evaluation.tasks import TaskSettings
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Prompt, Request
 from adallava.mini.build import build_processor
@@ -123,9 +124,24 @@ def test_the_entry_point_names_the_chat_model(monkeypatch):
     assert AdaLLaVA.is_simple is Baseline.is_simple is False
     (check,) = doctor._lmms_eval()
     assert (check.status, check.detail) == ("ok", "knows --model adallava")
-    monkeypatch.setattr(lmms_plugin, "manifests", lambda: 1 / 0)
+    monkeypatch.setattr(lmms_manifest, "manifests", lambda: 1 / 0)
     (check,) = doctor._lmms_eval()
     assert (check.status, "division by zero" in check.detail) == ("fail", True)
+
+
+@pytest.mark.parametrize("first", ["evaluation.lmms_plugin", "evaluation.lmms_tasks", "cli.doctor"])
+def test_whatever_is_imported_first_the_models_are_known_and_nothing_is_printed(first):
+    code = f"""
+import adallava.{first} as first
+if hasattr(first, "check_other"): first.check_other("lmms:adallava")
+if hasattr(first, "_lmms_eval"): assert [check.status for check in first._lmms_eval()] == ["ok"]
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()):
+    from lmms_eval.models import get_model
+print(get_model("adallava").__name__, get_model("adallava_baseline").__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "AdaLLaVA Baseline\n"), done.stderr[-2000:]
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -227,6 +243,9 @@ def test_an_answer_ends_where_the_task_says(vlm):
     whole = answer(None)
     first, comma, _ = whole.partition(",")
     assert comma and answer(",") == answer(["never", ","]) == first
+    # What lmms-eval writes where a task says nothing is no end of an answer.
+    assert lmms_chat._cut("first\n\nso five", ["\n\n"]) == "first\n\nso five"
+    assert lmms_chat._cut("first\n\nso five", ["\n\n", "so"]) == "first"
 
 
 def test_budgets_selections_and_times(manager, tmp_path, monkeypatch):
@@ -340,16 +359,23 @@ def test_baselines_of_transformers_answer(make, folder, tmp_path):
 
 
 def test_prompts_of_baselines(tmp_path):
-    made = []
+    class Processor:
+        tokenizer = tiny_tokenizer()
 
-    def processor(**given):
-        made.append(given["text"])
+        def __call__(self, *, text, **_):
+            return text
 
     words = {"type": "text", "text": "what is it ?"}
     asked = Prompt([{"role": "user", "content": [{"type": "image"}, words]}], ["a picture"])
-    lmms_baseline.PROMPTS["blip-2"](processor, asked)
-    lmms_baseline.PROMPTS["idefics"](processor, asked)
-    assert made == ["Question: what is it ? Answer:", [["User:", "a picture", "what is it ?", "\nAssistant:"]]]
+    processor = Processor()
+    assert lmms_baseline.PROMPTS["blip-2"](processor, asked) == ("Question: what is it ? Answer:", {})
+    text, options = lmms_baseline.PROMPTS["idefics"](processor, asked)
+    assert text == [["User:", "a picture", "what is it ?\nAssistant:"]]
+    assert options["eos_token_id"] == [processor.tokenizer.eos_token_id] and len(options["bad_words_ids"]) == 2
+    processor.tokenizer.add_tokens(["<end_of_utterance>"])
+    text, options = lmms_baseline.PROMPTS["idefics"](processor, asked)
+    assert text == [["User:", "a picture", "what is it ?<end_of_utterance>\nAssistant:"]]
+    assert len(options["eos_token_id"]) == 2
     with pytest.raises(PromptError, match="one picture; here are 2"):
         lmms_baseline.PROMPTS["blip-2"](processor, Prompt(asked.messages, ["a", "b"]))
     tiny_vlm().save_pretrained(tmp_path)
@@ -375,6 +401,51 @@ def test_a_sweep_over_both_kinds_of_tasks(folder, tmp_path):
     assert task.metrics["plan_counts"] == mini.metrics["plan_counts"]
     assert task.metrics["flops_frac"] == pytest.approx(mini.metrics["flops_frac"])
     assert (task.metrics["metric"], task.metrics["n"], task.metrics["failed"]) == (METRIC, LIMIT, 0)
+
+
+def test_failures_of_ours_are_in_the_rows_and_those_of_others_unknown(folder, tmp_path, monkeypatch):
+    tiny_blip2(tmp_path)
+    real = lmms_baseline.PROMPTS["blip-2"]
+
+    def prompt(processor, asked):
+        if "left" in asked.messages[0]["content"][-1]["text"]:
+            raise RuntimeError("out of memory")
+        return real(processor, asked)
+
+    monkeypatch.setitem(lmms_baseline.PROMPTS, "blip-2", prompt)
+    task = PREFIX + "open"
+    rows = sweep(
+        [f"lmms:adallava_baseline:pretrained={tmp_path}", "lmms:dummy"], settings(tasks=(task,), tasks_folder=folder)
+    )
+    ours, mean, theirs, _ = rows
+    assert 0 < ours.metrics["failed"] == mean.metrics["failed"] < LIMIT
+    assert "out of memory" in ours.metrics["failures"][0]
+    assert theirs.metrics["failed"] is None and theirs.metrics["failures"] == []
+    with pytest.raises(ConfigError, match=f"lmms:adallava_baseline:pretrained=nowhere cannot answer {task}"):
+        sweep(["lmms:adallava_baseline:pretrained=nowhere"], settings(tasks=(task,), tasks_folder=folder))
+
+
+def test_a_lent_model_keeps_its_own_token_selection(folder, vlm):
+    run = lmms_tasks.run_task(
+        vlm, TaskSettings(PREFIX + "open", Budget.parse(1), None, 0, 2, 2, "uniform:count=16", folder)
+    )
+    assert max(run.last_layer_tokens) < min(run.prompt_tokens) - 40
+    assert vlm.token_selection.name == "none"
+
+
+def test_rows_of_other_data_are_not_taken_for_these(folder, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    sweep(["mini-L"], settings(tasks=(PREFIX + "presence",), tasks_folder=folder, out=out))
+    export(tmp_path / "other", ("presence",), SEED + 1, LIMIT)
+    with pytest.raises(ResultExistsError, match="task_data"):
+        sweep(["mini-L"], settings(tasks=(PREFIX + "presence",), tasks_folder=tmp_path / "other", out=out))
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path, folder):
+    export(tmp_path, ("open",), 0, 1)
+    (tmp_path / f"{PREFIX}open.parquet").unlink()
+    with pytest.raises(ConfigError, match=f"the task {PREFIX}open cannot be loaded: .*open.parquet"):
+        sweep(["mini-L"], settings(tasks=(PREFIX + "open",), tasks_folder=tmp_path))
 
 
 def test_models_of_lmms_eval_go_through_the_same_sweep(folder):
@@ -421,7 +492,7 @@ def test_the_papers_benchmarks_are_there_with_their_metrics(all_tasks, task, mon
     monkeypatch.setenv("OPENAI_API_KEY", "none")  # what judges the answers is made as soon as the task is read
     config = all_tasks._get_config(task)
     listed = [metric["metric"] for metric in config["metric_list"]]
-    assert lmms_tasks.MAIN[task][0] in listed
+    assert lmms_tasks.MAIN[task].name in listed
     assert config["output_type"] == "generate_until"
 
 
@@ -442,10 +513,25 @@ def test_the_interval_of_a_score(told, score, interval):
 
 def test_points_are_a_share_of_the_best_score():
     told = {"mme_perception_score,none": 1500.0, "mme_cognition_score,none": 300.0}
+    told |= {"mme_perception_score_stderr_clt,none": 0.009}  # of single answers, not of points
     result = {"results": {"mme": told}, "configs": {"mme": {}}, "n-samples": {"mme": {"effective": 2374}}}
     measured = lmms_tasks._measured("mme", result)
     assert (measured.score, measured.out_of) == (1500.0, 2000.0)
     assert measured.scores == {"mme_perception_score": 1500.0, "mme_cognition_score": 300.0}
+    assert measured.interval == pytest.approx(1.96 * 2000 * (0.75 * 0.25 / 1187) ** 0.5)
+
+
+def test_the_scale_of_other_tasks():
+    def measured(score):
+        configs = {"other": {"metric_list": [{"metric": "points"}]}}
+        told = {"other": {"points,none": score}}
+        return lmms_tasks._measured(
+            "other", {"results": told, "configs": configs, "n-samples": {"other": {"effective": 9}}}
+        )
+
+    assert [measured(score).out_of for score in (0.5, 1.0, 58.0)] == [1, 1, 100]
+    with pytest.raises(ConfigError, match="reports 1200 for points, more than 100"):
+        measured(1200.0)
 
 
 def test_a_missing_judge_is_said():

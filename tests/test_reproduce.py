@@ -307,6 +307,16 @@ def test_bad_scales(change, words, tmp_path):
         find_scale(str(path))
 
 
+def test_models_of_one_name_are_refused_before_anything_runs(tmp_path):
+    for role in "LH":
+        (tmp_path / role / "final").mkdir(parents=True)
+    models = {"base": "mini-base", "L": str(tmp_path / "L" / "final"), "H": str(tmp_path / "H" / "final")}
+    (tmp_path / "own.json").write_text(json.dumps({"name": "own", "models": models, "tasks": ["open"]}))
+    arguments = ["reproduce", "table-b", "--scale", str(tmp_path / "own.json"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "L and H are both called 'final'" in " ".join(result.stderr.split())
+
+
 def test_scales_that_come_with_the_package(tmp_path):
     for name in ("7", "8b"):
         with pytest.raises(ConfigError, match=r"not known\..*Known: mini, 7b"):
@@ -315,7 +325,7 @@ def test_scales_that_come_with_the_package(tmp_path):
         find_scale(str(tmp_path / "none.json"))
     full = find_scale("7b")
     assert full.models["H-prumerge+"] == "zhuoyanxu/ada-llava-H-v1.5-7b-prumerge-plus"
-    assert set((*full.tasks, *full.broad_tasks)) <= set(MAIN)
+    assert {*full.tasks, *full.broad_tasks, *full.choosing_tasks} <= set(MAIN)
     (tmp_path / "llava-1.5-7b-L-random").mkdir()
     (tmp_path / "llava-1.5-7b-L-random" / "adaptive_config.json").touch()
     roles = full.roles(tmp_path)

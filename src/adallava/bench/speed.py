@@ -34,8 +34,8 @@ from adallava.results import ResultRow, provenance
 
 PROMPT_TOKENS, NEW_TOKENS, BATCH = 624, 17, 8
 HEADS_PER_SWITCH = 4
-# What is slow is measured in fewer rounds.
-_FEWER = 3
+# What is slow is measured in fewer rounds, but in three at least.
+_FEWER, _LEAST = 3, 3
 
 Sample = Mapping[str, float]
 """Milliseconds of one round of one thing, by what was timed."""
@@ -69,7 +69,7 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     suite = Suite(random_llava(settings.model, device, dtype), settings)
     measures = [*suite.single(), *suite.batched(), *suite.memory(), *suite.training(), *suite.loading()]
     config = {"model": settings.model, "prompt_tokens": suite.tokens, "new_tokens": NEW_TOKENS}
-    config |= {"rounds": settings.rounds, "seed": settings.seed}
+    config |= {"seed": settings.seed}
     origin = provenance(device=device, dtype=dtype, seed=settings.seed)
     return [each.row(config, origin) for each in measures]
 
@@ -252,8 +252,9 @@ class Suite:
         return run
 
     def _rounds(self, things: Mapping[str, Callable[[], Sample]], *, few: bool = False) -> dict[str, list[Sample]]:
-        rounds = max(1, self.settings.rounds // _FEWER) if few else self.settings.rounds
-        return in_rounds(things, rounds, self.settings.seed)
+        rounds = self.settings.rounds
+        fewer = min(rounds, max(_LEAST, rounds // _FEWER))
+        return in_rounds(things, fewer if few else rounds, self.settings.seed)
 
     # -- what it should be --------------------------------------------------------------------------------------------
 
@@ -270,6 +271,7 @@ class Suite:
         """The median over rounds of one time over another's in the same round."""
         ours, theirs = ([sample[stage] for sample in told[each]] for each in (of, over))
         more = {
+            "rounds": len(ours),
             "median_ms": statistics.median(ours),
             "reference_ms": statistics.median(theirs),
             "ms": ours,
@@ -306,9 +308,10 @@ class Suite:
 
 
 def step_bytes(spec: ModelSpec, loads: Sequence[tuple[LayerLoad, ...]], context: int) -> float:
-    """Values that a decoding step of a batch reads: weights of what any row runs, once, and each row's own KV cache.
+    """Values that a decoding step of a batch reads: weights once, and each row's own KV cache.
 
-    loads: one per row. context: tokens in the cache. In units of one value, whatever its bytes.
+    loads: one per row. Of each layer the weights are those of the row that runs most of it, which is what any row runs
+    where one of them runs it whole. context: tokens in the cache. In units of one value, whatever its bytes.
     """
     width, kv = spec.hidden_size, spec.num_kv_heads * spec.head_dim
     attention = 2 * width * (spec.num_heads * spec.head_dim + kv)

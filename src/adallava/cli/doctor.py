@@ -5,9 +5,11 @@ Each check is a function that returns what it found. A check never raises: what 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import platform
@@ -199,9 +201,11 @@ def _lmms_eval() -> Iterator[Check]:
         yield Check("lmms-eval", "warn", "it does not know adallava, which is not installed", "pip install -e .")
     for point in points:
         try:
-            for manifest in point.load()():
-                module, _, name = manifest.chat_class_path.rpartition(".")
-                getattr(importlib.import_module(module), name)
+            with contextlib.redirect_stdout(io.StringIO()):  # it logs there, and this may be JSON
+                from lmms_eval.models import get_model
+
+                for manifest in point.load()():
+                    get_model(manifest.model_id)
         except Exception as error:
             remedy = "Install lmms-eval again: pip install --force-reinstall 'adallava[eval]'"
             yield Check("lmms-eval", "fail", f"{point.value} cannot be loaded: {error}", remedy)

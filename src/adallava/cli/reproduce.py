@@ -17,6 +17,7 @@ from adallava.evaluation.reproduce import (
     answer_rows,
     attention_rows,
     broad_rows,
+    check,
     content_rows,
     sweep_rows,
 )
@@ -83,6 +84,7 @@ def reproduce(options: ReproduceOptions) -> None:
     swept: list[ResultRow] = []
     broad: list[ResultRow] = []
     if wanted & _SWEPT:
+        check(settings, sorted(wanted))
         with SweepBar() as bar:
             swept = sweep_rows(settings, sorted(wanted), bar)
             if "content" in wanted:

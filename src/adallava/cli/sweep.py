@@ -88,8 +88,9 @@ def accuracy_table(rows: Sequence[ResultRow], narrow: bool = False) -> Table:
     narrow: fold the names of tasks to the width of their numbers, which leaves more room for token selections.
     """
     tasks = _tasks(rows)
-    limit, seed = rows[0].config["limit"], rows[0].config["seed"]
-    title = f"Accuracy in %, {'all' if limit is None else f'{limit:,}'} questions per task, seed {seed}"
+    limits = dict.fromkeys(row.config["limit"] for row in rows if row.name != MEAN)
+    asked = " or ".join("all" if limit is None else f"{limit:,}" for limit in limits)
+    title = f"Accuracy in %, {asked} questions per task, seed {rows[0].config['seed']}"
     others = {row.name: row.metrics["out_of"] for row in rows if row.metrics.get("out_of", 1) not in (1, 100)}
     title += "".join(f"; {task} out of {out_of:,.0f}" for task, out_of in others.items())
     table, groups = _start(title, rows, ("mean", *tasks), narrow)

@@ -31,12 +31,14 @@ class Answering:
         """One answer or error per request; options: of ``generate_batch``."""
         try:
             return list(self.vlm.generate_batch(requests, **options, **self._plans(len(requests))))
-        except Exception as error:  # whatever a sample can cause; it is reported by the caller
-            if len(requests) == 1:
-                return [error]
-            log.warning("a batch of %d failed (%s: %s): trying its halves", len(requests), type(error).__name__, error)
-            middle = len(requests) // 2
-            return self(requests[:middle], options) + self(requests[middle:], options)
+        except Exception as caught:  # whatever a sample can cause; it is reported by the caller
+            # Without its traceback, which would keep the failed batch's memory while the halves are tried.
+            error = caught.with_traceback(None)
+        if len(requests) == 1:
+            return [error]
+        log.warning("a batch of %d failed (%s: %s): trying its halves", len(requests), type(error).__name__, error)
+        middle = len(requests) // 2
+        return self(requests[:middle], options) + self(requests[middle:], options)
 
     def _plans(self, rows: int) -> dict[str, Any]:
         if self.mode is None or self.vlm.adaptive_config is None:

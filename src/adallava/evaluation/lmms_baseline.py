@@ -20,31 +20,52 @@ from adallava.errors import ConfigError, PromptError
 from adallava.evaluation.lmms_chat import DEFAULT_NEW_TOKENS, ChatModel
 from adallava.hosts.prompts import Prompt, Request, to_prompt
 
+Made = tuple[Any, dict[str, Any]]
+"""Inputs, and further options of generate()."""
 
-def _blip2(processor: Any, prompt: Prompt) -> Any:
+
+def _blip2(processor: Any, prompt: Prompt) -> Made:
     """One picture, and "Question: ... Answer:"."""
     if len(prompt.images) != 1 or len(prompt.messages) != 1:
         raise PromptError(f"BLIP-2 answers one question about one picture; here are {len(prompt.images)} pictures.")
     text = f"Question: {_words(prompt.messages[0])} Answer:"
-    return processor(images=prompt.images[0], text=text, return_tensors="pt")
+    return processor(images=prompt.images[0], text=text, return_tensors="pt"), {}
 
 
-def _idefics(processor: Any, prompt: Prompt) -> Any:
-    """A dialogue of User and Assistant, pictures between the words."""
+def _idefics(processor: Any, prompt: Prompt) -> Made:
+    """A dialogue of User and Assistant, pictures between the words, each turn ended as instructed models know it."""
+    known, ids = processor.tokenizer.get_vocab(), processor.tokenizer.convert_tokens_to_ids
+    end = _END_OF_TURN if _END_OF_TURN in known else ""
     images = iter(prompt.images)
-    parts: list[str | Image.Image] = []
+    # Never two texts side by side: some versions of the processor put a mark of their own between them.
+    parts: list[str | Image.Image] = [""]
     for message in prompt.messages:
-        parts.append("\nAssistant:" if message["role"] == "assistant" else "User:")
-        parts += [next(images) if part["type"] == "image" else part["text"] for part in message["content"]]
-    # A processor of the instructed models puts their mark between two texts.
-    return processor(text=[[*parts, "\nAssistant:"]], return_tensors="pt")
+        _append(parts, "\nAssistant:" if message["role"] == "assistant" else "User:")
+        for part in message["content"]:
+            _append(parts, next(images) if part["type"] == "image" else part["text"])
+        _append(parts, end)
+    _append(parts, "\nAssistant:")
+    ends = [processor.tokenizer.eos_token_id, *([ids(end)] if end else [])]
+    marks = [[ids(mark)] for mark in ("<image>", "<fake_token_around_image>") if mark in known]
+    return processor(text=[parts], return_tensors="pt"), {"eos_token_id": ends, "bad_words_ids": marks or None}
+
+
+_END_OF_TURN = "<end_of_utterance>"
+
+
+def _append(parts: list[str | Image.Image], part: str | Image.Image) -> None:
+    last = parts[-1]
+    if isinstance(part, str) and isinstance(last, str):
+        parts[-1] = last + part
+    else:
+        parts.append(part)
 
 
 def _words(message: dict[str, Any]) -> str:
     return " ".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
-PROMPTS: dict[str, Callable[[Any, Prompt], Any]] = {"blip-2": _blip2, "idefics": _idefics}
+PROMPTS: dict[str, Callable[[Any, Prompt], Made]] = {"blip-2": _blip2, "idefics": _idefics}
 """Model type -> how its prompt is written."""
 
 
@@ -92,13 +113,14 @@ class Baseline(ChatModel[str]):
     def _one(self, request: Request, options: dict[str, Any]) -> str | Exception:
         try:
             (model,) = self._model
-            inputs = self._prompt(self.processor, to_prompt(request)).to(self._device, model.dtype)
+            made, more = self._prompt(self.processor, to_prompt(request))
+            inputs = made.to(self._device, model.dtype)
             # What a decoder alone gives begins with its prompt; an encoder has read it apart.
             start = 0 if model.config.get_text_config().is_encoder_decoder else inputs["input_ids"].shape[1]
-            made = model.generate(**inputs, **options)[:, start:]
-            return self.processor.batch_decode(made, skip_special_tokens=True)[0].strip()
+            answer = model.generate(**inputs, **{**options, **more})[:, start:]
+            return self.processor.batch_decode(answer, skip_special_tokens=True)[0].strip()
         except Exception as error:  # whatever a sample can cause; it is counted and logged
-            return error
+            return error.with_traceback(None)
 
     def result(self, answer: str) -> tuple[str, TokenCounts | None]:
         """The text."""

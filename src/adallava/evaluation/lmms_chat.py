@@ -168,7 +168,13 @@ def _kind(instance: Instance) -> tuple[Any, ...]:
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The text up to the first of the words at which a task wants it to end."""
+    """The text up to the first of the words at which a task wants it to end.
+
+    A blank line alone is what lmms-eval writes where a task says nothing: it ends examples in a prompt, and here it
+    would cut long answers.
+    """
+    if until == ["\n\n"]:
+        return text
     for end in [until] if isinstance(until, str) else until or []:
         text = text.split(end)[0] if end else text
     return text

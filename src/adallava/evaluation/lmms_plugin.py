@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import TokenCounts
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 
 from adallava.budget import Budget
@@ -26,22 +25,13 @@ from adallava.errors import ConfigError, ProfileError
 from adallava.evaluation.answering import Answering
 from adallava.evaluation.lmms_chat import DEFAULT_NEW_TOKENS, ChatModel
 from adallava.evaluation.modes import NO_MODE, PlanMode
-from adallava.evaluation.preflight import check_budgets
+from adallava.evaluation.preflight import check_budgets, check_selections
 from adallava.evaluation.samples import SampleFile
-from adallava.evaluation.tasks import OnBatch, TaskRun, mean_of
+from adallava.evaluation.tasks import OnBatch, TaskRun
 from adallava.hosts.answer import Answer
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Request
-from adallava.selection import describe_selector
-
-
-def manifests() -> tuple[ModelManifest, ...]:
-    """What the entry point gives lmms-eval."""
-    here = __name__.rpartition(".")[0]
-    return (
-        ModelManifest("adallava", chat_class_path=f"{here}.lmms_plugin.AdaLLaVA"),
-        ModelManifest("adallava_baseline", chat_class_path=f"{here}.lmms_baseline.Baseline"),
-    )
+from adallava.selection import describe_selector, parse_selector
 
 
 class AdaLLaVA(ChatModel[Answer]):
@@ -84,7 +74,9 @@ class AdaLLaVA(ChatModel[Answer]):
         elif self.budget.unit == "share" and self.budget.fraction != 1:
             raise ConfigError(f"{label} is a base model and runs at 100% only. Leave out the budget.")
         if selection is not None:
-            vlm.token_selection = selection
+            check_selections(label, vlm.model, vlm.adaptive_config, [selection])
+        # Passed with each request: a model that was lent keeps its own.
+        self.selector = vlm.token_selection if selection is None else parse_selector(selection)
         self.mode = chosen if vlm.adaptive_config is not None else None
         # In a list, because lmms-eval deletes every module that it finds among a model's attributes.
         self._vlm = [vlm]
@@ -94,11 +86,12 @@ class AdaLLaVA(ChatModel[Answer]):
             "model": label,
             "budget": str(self.budget),
             "mode": str(self.mode or NO_MODE),
-            "token_selection": describe_selector(vlm.token_selection),
+            "token_selection": describe_selector(self.selector),
         }
         self.samples = None if samples == "none" else SampleFile(self._path(samples, label), about)
         self.run = replace(TaskRun.of(vlm), failures=self.failures)
-        self._tokens, self._seconds = 0, 0.0
+        # Of the requests since lmms-eval was last told: answers, failures, tokens, seconds, FLOPs as shares.
+        self._new = dict.fromkeys(("answers", "failed", "tokens", "seconds", "flops"), 0.0)
 
     @property
     def vlm(self) -> AdaptiveVLM:
@@ -123,46 +116,50 @@ class AdaLLaVA(ChatModel[Answer]):
         noise = f"{task}/{self.budget}/{self.seed}/{self._rank}"
         answering = self._answering.setdefault(task, Answering(self.vlm, self.mode, noise))
         started = time.perf_counter()
+        options = {**options, "token_selection": self.selector}
         answers = answering([replace(request, budget=self.budget) for request in requests], options)
-        self._seconds += time.perf_counter() - started
+        self._new["seconds"] += time.perf_counter() - started
         return answers
 
     def result(self, answer: Answer) -> tuple[str, TokenCounts | None]:
         """The text, and tokens of prompt and answer."""
         made = len(self.vlm.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"])
-        self._tokens += made
+        self._new["tokens"] += made
         return answer.text, TokenCounts(answer.prompt_tokens, made)
 
     def took(self, which: dict[str, Any], answer: Answer | Exception, rows: int) -> None:
         """Count what it cost, and tell the side file."""
+        self._new["answers" if isinstance(answer, Answer) else "failed"] += 1
         if isinstance(answer, Answer):
             self.run.add_cost(answer, self.vlm.spec)
+            self._new["flops"] += answer.cost.frac
         if self.samples is not None:
             self.samples.add(which, answer, rows)
 
     def finished(self) -> None:
-        """Give lmms-eval the numbers beside the score; it averages them over processes."""
-        if not self.run.flops_fracs:
-            return
+        """Give lmms-eval the numbers beside the score, of all processes together."""
+        told = torch.tensor(list(self._new.values()), dtype=torch.float64, device=self.device)
+        if self._world_size > 1:
+            told = self.accelerator.reduce(told, "sum")
+        answers, failed, tokens, seconds, flops = told.tolist()
+        seconds /= self._world_size
+        self._new = dict.fromkeys(self._new, 0.0)
+        numbers = {"failed_samples": failed, "flops_frac": flops / answers if answers else 0.0}
         log_metrics(
-            total_gen_tokens=self._tokens,
-            total_elapsed_time=self._seconds,
-            avg_speed=self._tokens / self._seconds if self._seconds else 0.0,
-            additional_metrics={
-                "failed_samples": len(self.failures),
-                "flops_frac": mean_of(self.run.flops_fracs),
-                "prompt_tokens": mean_of(self.run.prompt_tokens),
-            },
+            total_gen_tokens=int(tokens),
+            total_elapsed_time=seconds,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics=numbers,
         )
 
     def _look_for_profile(self) -> None:
         """Times are foretold where this device is calibrated; a budget in time says itself what is missing."""
         try:
-            self.vlm.profiles.get(self.vlm, self.vlm.token_selection, self.budget)
-        except ProfileError:
+            self.vlm.profiles.get(self.vlm, self.selector, self.budget if self.budget.timed else "in time")
+        except ProfileError as error:
             if self.budget.timed:
                 raise
-            logger.info("times are measured, and not foretold: this model is not calibrated here (adallava calibrate)")
+            logger.info(f"times are measured, and not foretold: {error}")
 
     def _path(self, samples: str | None, label: str) -> Path:
         if samples is None:

@@ -42,6 +42,8 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: OnBatch | None 
     Raises the error itself where a whole batch fails sample by sample: then the model is at fault, not a sample.
     """
     run = TaskRun.of(vlm)
+    failures: list[str] = []
+    run.failures = failures
     # A hub checkpoint may come with sampling switched on; a benchmark decodes greedily.
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "token_selection": settings.token_selection}
     options["max_new_tokens"] = max_new_tokens(vlm, settings.task)
@@ -54,7 +56,7 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: OnBatch | None 
         if errors := [answer for answer in answers if isinstance(answer, Exception)]:
             if len(errors) == len(items):
                 raise errors[0]
-            run.failures += [f"{type(error).__name__}: {error}" for error in errors]
+            failures += [f"{type(error).__name__}: {error}" for error in errors]
         for item, answer in zip(items, answers, strict=True):
             _take(run, item, answer, vlm.spec)
         if on_batch is not None:

@@ -20,12 +20,14 @@ from PIL import Image
 from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
 from adallava.errors import ConfigError
+from adallava.evaluation import lmms_tasks
 from adallava.evaluation.plans import PlanCounts
 from adallava.evaluation.preflight import preflight
 from adallava.evaluation.scales import BASE, SCALES, H, L, Scale
 from adallava.evaluation.sweep import MEAN, Listener, SweepSettings, label, sweep
 from adallava.hosts.looking import look
 from adallava.hosts.model import AdaptiveVLM
+from adallava.mini.questions import FAMILIES
 from adallava.plan import ExecutionPlan, expand_tail
 from adallava.results import ResultRow, provenance
 
@@ -96,6 +98,18 @@ def sweep_rows(settings: Settings, items: Sequence[str], listener: Listener) -> 
     for models, asked in _sweeps(settings, items):
         rows += sweep(models, asked, listener)
     return list({(*_key(row), row.name): row for row in rows}.values())
+
+
+def check(settings: Settings, items: Sequence[str]) -> None:
+    """See that models can be told apart and that every task can be loaded, before hours of measuring."""
+    scale = settings.scale
+    scale.roles(settings.models)
+    tasks = [*scale.tasks, *(scale.broad_tasks if "table-a" in items else ())]
+    tasks += scale.choosing_tasks if "content" in items else ()
+    if others := [task for task in dict.fromkeys(tasks) if task not in FAMILIES]:
+        lmms_tasks.check_tasks(others, settings.tasks_folder)
+        for task in others:
+            lmms_tasks.look_at(task, settings.tasks_folder)
 
 
 def broad_rows(settings: Settings, listener: Listener) -> list[ResultRow]:

@@ -63,10 +63,20 @@ class Scale:
         return self.models.get(role)
 
     def roles(self, folder: Path | None) -> dict[str, str]:
-        """The name that a model has in result rows -> its role, of all that are there."""
+        """The name that a model has in result rows -> its role, of all that are there.
+
+        Raises ``ConfigError`` for two models of one name, whose rows could not be told apart.
+        """
         roles = [*self.models, *self.designs, *(f"{variant}-{trained}" for variant in (L, H) for trained in _TRAINED)]
         found = {role: self.source(role, folder) for role in roles}
-        return {label(source): role for role, source in found.items() if source is not None}
+        named: dict[str, str] = {}
+        for role, source in found.items():
+            if source is not None and (other := named.setdefault(label(source), role)) != role:
+                raise ConfigError(
+                    f"the models of {other} and {role} are both called {label(source)!r} in result rows. Rename one of "
+                    "the folders."
+                )
+        return named
 
 
 _TRAINED = ("random", "prumerge", "prumerge+", "fastv")

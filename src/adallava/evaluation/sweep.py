@@ -2,8 +2,9 @@
 
 Tasks are the families of the mini benchmark, and those of lmms-eval where it is installed.
 
-Each model is loaded once. With an output file every finished task is kept at once, and a sweep that was stopped goes
-on where it was: a row is skipped if the file has it, provided that seed, limit and the model's weights are the same.
+Each model is loaded once, those of lmms-eval once per task. With an output file every finished task is kept at once,
+and a sweep that was stopped goes on where it was: a row is skipped if the file has it, provided that seed, limit, the
+model's weights and, of lmms-eval's tasks, the data are the same.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ def sweep(models: Sequence[str], settings: SweepSettings, listener: Listener | N
         counts[number] = len(list(_runs(vlm.adaptive_config, settings)))
         listener.on_total(each * sum(counts))
         rows += _sweep_model(label, vlm, settings, store, listener)
+        del vlm  # before the next one takes memory
     return rows
 
 
@@ -147,7 +149,7 @@ def _questions(task: str, settings: SweepSettings) -> int:
     if task in FAMILIES:
         assert limit is not None, "the mini tasks have no end"
         return limit
-    total = lmms_tasks.count(task, settings.tasks_folder)
+    total, _ = lmms_tasks.look_at(task, settings.tasks_folder)
     return total if limit is None else min(limit, total)
 
 
@@ -237,6 +239,8 @@ def _run(
     for task in settings.tasks:
         limit = settings.limit_of(task)
         made_with = {"seed": settings.seed, "limit": limit, "weights": weights}
+        if task not in FAMILIES:
+            _, made_with["task_data"] = lmms_tasks.look_at(task, settings.tasks_folder)
         row = store.find(Key(**common, task=task), made_with)
         if row is None:
             size, folder = settings.batch_size, settings.tasks_folder

@@ -69,8 +69,8 @@ class TaskRun:
     scores: list[float] = field(default_factory=list)
     """One score in [0, 1] per question, 0 for a failed one; empty where ``measured`` is given."""
     measured: Measured | None = None
-    failures: list[str] = field(default_factory=list)
-    """The error of each question that failed."""
+    failures: list[str] | None = field(default_factory=list)
+    """The error of each question that failed; None where nobody tells."""
     flops_fracs: list[float] = field(default_factory=list)
     """Share of the base model's prefill FLOPs, for each answered question (paper convention)."""
     prefill_flops: list[float] = field(default_factory=list)
@@ -121,8 +121,8 @@ class TaskRun:
         return {
             **outcome,
             "n": n,
-            "failed": len(self.failures),
-            "failures": self.failures[:5],
+            "failed": None if self.failures is None else len(self.failures),
+            "failures": (self.failures or [])[:5],
             "flops_frac": mean_of(self.flops_fracs),
             **{name: mean_of(getattr(self, name)) for name in COSTS},
             "plans": self.plans.statistics() if self.plans else None,
@@ -147,7 +147,7 @@ def mean_metrics(metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
             math.sqrt(sum(m["interval"] ** 2 for m in metrics)) / len(metrics),
         ),
         "n": sum(m["n"] for m in metrics),
-        "failed": sum(m["failed"] for m in metrics),
+        "failed": None if None in (failed := [m["failed"] for m in metrics]) else sum(failed),
         "failures": [text for m in metrics for text in m["failures"]][:5],
         "flops_frac": sum(fracs) / len(fracs) if fracs else None,
         **{name: mean_of([m.get(name) for m in metrics]) for name in COSTS},

@@ -127,11 +127,12 @@ class Profiles:
         """The forecaster for ``vlm`` as it is now; ``ProfileError`` where there is none or another one is needed."""
         print_of = fingerprint(vlm, selector)
         selection = print_of["token selection"]
-        if self._chosen is None and selection not in self._found:
-            self._found[selection] = Forecaster(find_profile(print_of, budget))
-        forecaster = self._chosen or self._found[selection]
-        forecaster.profile.check(print_of)
-        return forecaster
+        # Only what holds is in use: requests are foretold by it from now on.
+        found = self._chosen or self._found.pop(selection, None) or Forecaster(find_profile(print_of, budget))
+        found.profile.check(print_of)
+        if self._chosen is None:
+            self._found[selection] = found
+        return found
 
     def in_use(self, selector: Selector) -> Forecaster | None:
         """The forecaster that ``use`` set, or that a budget in time or ``get`` has found; None before."""
