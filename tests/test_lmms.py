@@ -366,15 +366,16 @@ def test_prompts_of_baselines(tmp_path):
             return text
 
     words = {"type": "text", "text": "what is it ?"}
-    asked = Prompt([{"role": "user", "content": [{"type": "image"}, words]}], ["a picture"])
+    picture = to_image(sample_scene("test", 0, 0))
+    asked = Prompt([{"role": "user", "content": [{"type": "image"}, words]}], [picture])
     processor = Processor()
     assert lmms_baseline.PROMPTS["blip-2"](processor, asked) == ("Question: what is it ? Answer:", {})
     text, options = lmms_baseline.PROMPTS["idefics"](processor, asked)
-    assert text == [["User:", "a picture", "what is it ?\nAssistant:"]]
+    assert text == [["User:", picture, "what is it ?\nAssistant:"]]
     assert options["eos_token_id"] == [processor.tokenizer.eos_token_id] and len(options["bad_words_ids"]) == 2
     processor.tokenizer.add_tokens(["<end_of_utterance>"])
     text, options = lmms_baseline.PROMPTS["idefics"](processor, asked)
-    assert text == [["User:", "a picture", "what is it ?<end_of_utterance>\nAssistant:"]]
+    assert text == [["User:", picture, "what is it ?<end_of_utterance>\nAssistant:"]]
     assert len(options["eos_token_id"]) == 2
     with pytest.raises(PromptError, match="one picture; here are 2"):
         lmms_baseline.PROMPTS["blip-2"](processor, Prompt(asked.messages, ["a", "b"]))
