@@ -87,13 +87,26 @@ def accuracies(rows):
 # -- the command, end to end ------------------------------------------------------------------------------------------
 
 
-def test_the_command_gives_what_a_sweep_gives(folder, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_command_gives_what_a_sweep_gives(folder, tmp_path, processes):
     out, samples = tmp_path / "out", tmp_path / "samples.jsonl"
     tasks = [PREFIX + family for family in FAMILIES]
     arguments = f"pretrained=mini-L,budget=60%,samples={samples}"
     command = ["--model", "adallava", "--model_args", arguments, "--tasks", ",".join(tasks), "--batch_size", "5"]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command += ["--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *command, "--include_path", str(folder), "--output_path", str(out)],
+        [
+            sys.executable,
+            *several,
+            "-m",
+            "lmms_eval",
+            *command,
+            "--include_path",
+            str(folder),
+            "--output_path",
+            str(out),
+        ],
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
@@ -107,8 +120,12 @@ def test_the_command_gives_what_a_sweep_gives(folder, tmp_path):
     ours = accuracies(rows)
     for family in FAMILIES:
         assert told[PREFIX + family][f"{METRIC},none"] == pytest.approx(ours[family], abs=1e-9), family
-    kept = lines(samples)
+    files = [samples] if processes == 1 else [tmp_path / f"samples.rank{rank}.jsonl" for rank in range(processes)]
+    kept = [line for file in files for line in lines(file)]
     assert len(kept) == 3 * LIMIT
+    assert json.loads(result.read_text())["throughput"]["avg_flops_frac"] == pytest.approx(
+        sum(line["flops_frac"] for line in kept) / len(kept)
+    )
     assert {(line["task"], line["doc_id"]) for line in kept} == {(task, i) for task in tasks for i in range(LIMIT)}
     for line in kept:
         assert (line["model"], line["budget"], line["mode"], line["failed"]) == ("mini-L", "60%", "learned", False)
@@ -116,7 +133,7 @@ def test_the_command_gives_what_a_sweep_gives(folder, tmp_path):
         assert 0 < line["prefill_flops"] < line["base_prefill_flops"]
         assert 0 < line["first_token_ms"] <= line["total_ms"]
         assert line["predicted_first_token_ms"] is None
-    assert {line["batch_rows"] for line in kept} == {5, LIMIT % 5}
+    assert {line["batch_rows"] for line in kept} == {5, LIMIT // processes % 5}
 
 
 def test_the_entry_point_names_the_chat_model(monkeypatch):

@@ -6,6 +6,7 @@ A sample that fails is answered with ``FAILED``, which no task takes for a right
 from __future__ import annotations
 
 import abc
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -47,7 +48,9 @@ class ChatModel(lmms, abc.ABC, Generic[Answered]):
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         self.on_batch = on_batch
         self.accelerator = Accelerator(cpu=device == "cpu")
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # As lmms-eval itself counts: accelerate knows of one process where several share CPUs without its launcher.
+        self._rank = int(os.environ.get("RANK", self.accelerator.process_index))
+        self._world_size = int(os.environ.get("WORLD_SIZE", self.accelerator.num_processes))
         self.failures: list[str] = []
         self._ignored: set[str] = set()
 

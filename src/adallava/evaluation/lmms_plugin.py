@@ -139,8 +139,8 @@ class AdaLLaVA(ChatModel[Answer]):
     def finished(self) -> None:
         """Give lmms-eval the numbers beside the score, of all processes together."""
         told = torch.tensor(list(self._new.values()), dtype=torch.float64, device=self.device)
-        if self._world_size > 1:
-            told = self.accelerator.reduce(told, "sum")
+        if self._world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(told)
         answers, failed, tokens, seconds, flops = told.tolist()
         seconds /= self._world_size
         self._new = dict.fromkeys(self._new, 0.0)
