@@ -1,7 +1,10 @@
 """Token selection at a host: fewer tokens for real, and everything else as without it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adallava import AdaptiveVLM
 from adallava.errors import ConfigError, PromptError, UnknownNameError
@@ -242,6 +245,43 @@ def test_flash_masks_are_two_dimensional():
     step = cut.enter(torch.zeros(2, 1, 1), 4)
     made = cut.arguments({"attention_mask": torch.ones(2, 5, dtype=torch.long)}, step, flash=True)["attention_mask"]
     assert made.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def as_flash_attention(module, query, key, value, attention_mask, scaling=None, **_):
+    """What flash attention computes, by its interface: causal, with one 0 or 1 per row and key, or no mask at all."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    queries, keys = query.shape[2], key.shape[2]
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
+    if attention_mask is not None:
+        assert attention_mask.dim() == 2 and attention_mask.shape[0] == len(query), attention_mask.shape
+        allowed = allowed & attention_mask[:, None, None, -keys:].bool()
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~allowed, -1e30)
+    out = scores.softmax(-1) @ value * allowed.any(-1, keepdim=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("variant", [None, "L", "H"])
+def test_flash_attention_gives_the_same(variant, monkeypatch):
+    vlm = make("llava-gqa", variant) if variant else AdaptiveVLM(tiny_base("llava-gqa"), processor()).eval()
+    asked = requests("llava-gqa") if variant else [replace(request, budget="100%") for request in requests("llava-gqa")]
+    chosen = options("llava-gqa", token_selection=FASTV)
+    told = vlm.generate_batch(asked, **chosen)
+    masks = []
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return as_flash_attention(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", attend)
+    monkeypatch.setattr(vlm.model.config.get_text_config(), "_attn_implementation", "flash_attention_2")
+    again = vlm.generate_batch(asked, **chosen)
+    assert [answer.text for answer in again] == [answer.text for answer in told]
+    assert [answer.layer_tokens for answer in again] == [answer.layer_tokens for answer in told]
+    assert any(answer.layer_tokens[0] > answer.layer_tokens[-1] for answer in again)
+    assert any(mask is not None and not mask.all() for mask in masks), "rows were padded, and flash attention told so"
+    if variant:
+        assert all(torch.equal(one.plan.gates, other.plan.gates) for one, other in zip(again, told, strict=True))
 
 
 def test_flash_attention_and_sliding_windows():
