@@ -72,7 +72,7 @@ def test_costs_are_means_over_the_answers(vlm):
     picture = to_image(sample_scene("test", 0, 0))
     answers = [vlm.generate(picture, "how many ?", budget=budget, max_new_tokens=2) for budget in ("100%", "67%")]
     for answer in answers:
-        run.add_cost(answer, vlm.spec)
+        run.add_cost(answer)
     run.scores = [1.0, 0.0]
     told = run.metrics()
     spec, tokens = vlm.spec, answers[0].layer_tokens

@@ -27,7 +27,8 @@ Made = tuple[Any, dict[str, Any]]
 def _blip2(processor: Any, prompt: Prompt) -> Made:
     """One picture, and "Question: ... Answer:"."""
     if len(prompt.images) != 1 or len(prompt.messages) != 1:
-        raise PromptError(f"BLIP-2 answers one question about one picture; here are {len(prompt.images)} pictures.")
+        there = f"{len(prompt.images)} pictures and {len(prompt.messages)} messages"
+        raise PromptError(f"BLIP-2 answers one question about one picture; here are {there}.")
     text = f"Question: {_words(prompt.messages[0])} Answer:"
     return processor(images=prompt.images[0], text=text, return_tensors="pt"), {}
 

@@ -131,7 +131,7 @@ class AdaLLaVA(ChatModel[Answer]):
         """Count what it cost, and tell the side file."""
         self._new["answers" if isinstance(answer, Answer) else "failed"] += 1
         if isinstance(answer, Answer):
-            self.run.add_cost(answer, self.vlm.spec)
+            self.run.add_cost(answer)
             self._new["flops"] += answer.cost.frac
         if self.samples is not None:
             self.samples.add(which, answer, rows)

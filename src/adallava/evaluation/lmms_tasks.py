@@ -145,7 +145,8 @@ def run_other(source: str, settings: TaskSettings) -> TaskRun:
     except Exception as error:  # it is another's code
         root = _root(error)
         raise ConfigError(f"{source} cannot answer {settings.task}: {type(root).__name__}: {root}") from error
-    return TaskRun(measured=measured, failures=model.failures if isinstance(model, ChatModel) else None)
+    ours = isinstance(model, ChatModel)
+    return TaskRun(measured=measured, failures=model.failures if ours else [], failures_told=ours)
 
 
 def check_other(source: str) -> None:

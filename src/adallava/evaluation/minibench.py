@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from adallava.cost import ModelSpec
 from adallava.evaluation.answering import Answering
 from adallava.evaluation.tasks import OnBatch, TaskRun, TaskSettings
 from adallava.hosts.answer import Answer
@@ -42,8 +41,6 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: OnBatch | None 
     Raises the error itself where a whole batch fails sample by sample: then the model is at fault, not a sample.
     """
     run = TaskRun.of(vlm)
-    failures: list[str] = []
-    run.failures = failures
     # A hub checkpoint may come with sampling switched on; a benchmark decodes greedily.
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "token_selection": settings.token_selection}
     options["max_new_tokens"] = max_new_tokens(vlm, settings.task)
@@ -56,9 +53,9 @@ def run_task(vlm: AdaptiveVLM, settings: TaskSettings, on_batch: OnBatch | None 
         if errors := [answer for answer in answers if isinstance(answer, Exception)]:
             if len(errors) == len(items):
                 raise errors[0]
-            failures += [f"{type(error).__name__}: {error}" for error in errors]
+            run.failures += [f"{type(error).__name__}: {error}" for error in errors]
         for item, answer in zip(items, answers, strict=True):
-            _take(run, item, answer, vlm.spec)
+            _take(run, item, answer)
         if on_batch is not None:
             on_batch(len(items))
     return run
@@ -74,9 +71,9 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _take(run: TaskRun, item: Item, answer: Answer | Exception, spec: ModelSpec) -> None:
+def _take(run: TaskRun, item: Item, answer: Answer | Exception) -> None:
     if isinstance(answer, Exception):
         run.scores.append(0.0)
         return
     run.scores.append(score(item.question, answer.text))
-    run.add_cost(answer, spec)
+    run.add_cost(answer)

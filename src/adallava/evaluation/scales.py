@@ -88,10 +88,6 @@ _CHOOSING = ("gqa", "vizwiz_vqa_val")
 _RELEASED = "zhuoyanxu/ada-llava-{}-v1.5-{}"
 
 
-def _full(name: str, models: Mapping[str, str], designs: Mapping[str, str]) -> Scale:
-    return Scale(name, models, _TABLE_B, _TABLE_A, _CHOOSING, designs)
-
-
 _PRUMERGE = {"prumerge": "-prumerge", "prumerge+": "-prumerge-plus"}
 SCALES = {
     "mini": Scale(
@@ -107,7 +103,7 @@ SCALES = {
         limit=300,
         batch_size=64,
     ),
-    "7b": _full(
+    "7b": Scale(
         "llava-1.5-7b",
         {
             BASE: "llava-hf/llava-1.5-7b-hf",
@@ -118,6 +114,9 @@ SCALES = {
                 for selection, ending in _PRUMERGE.items()
             },
         },
+        _TABLE_B,
+        _TABLE_A,
+        _CHOOSING,
         {
             L: "L, 16 switches",
             "L-24-switches": "L, 24 switches",

@@ -69,8 +69,10 @@ class TaskRun:
     scores: list[float] = field(default_factory=list)
     """One score in [0, 1] per question, 0 for a failed one; empty where ``measured`` is given."""
     measured: Measured | None = None
-    failures: list[str] | None = field(default_factory=list)
-    """The error of each question that failed; None where nobody tells."""
+    failures: list[str] = field(default_factory=list)
+    """The error of each question that failed."""
+    failures_told: bool = True
+    """Whether failures are known at all; False of models that keep them to themselves."""
     flops_fracs: list[float] = field(default_factory=list)
     """Share of the base model's prefill FLOPs, for each answered question (paper convention)."""
     prefill_flops: list[float] = field(default_factory=list)
@@ -83,18 +85,22 @@ class TaskRun:
     """Tokens of it that are left in the last layer, without the latency token."""
     plans: PlanCounts | None = None
     """The plans that were run; None for a base model."""
+    spec: ModelSpec | None = None
+    """The model's sizes, for what its answers cost."""
     _known_ms: dict[Any, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, vlm: AdaptiveVLM) -> TaskRun:
         """Nothing yet of a model."""
-        return cls(plans=None if vlm.adaptive_config is None else PlanCounts.for_config(vlm.adaptive_config))
+        plans = None if vlm.adaptive_config is None else PlanCounts.for_config(vlm.adaptive_config)
+        return cls(plans=plans, spec=vlm.spec)
 
-    def add_cost(self, answer: Answer, spec: ModelSpec) -> None:
-        """Take what an answer cost; spec: the model's sizes."""
+    def add_cost(self, answer: Answer) -> None:
+        """Take what an answer cost, of the model that this run is ``of``."""
+        assert self.spec is not None, "made by TaskRun.of"
         self.flops_fracs.append(answer.cost.frac)
         self.prefill_flops.append(answer.cost.prefill_flops)
-        self.roofline_ms.append(self._roofline_ms(answer, spec))
+        self.roofline_ms.append(self._roofline_ms(answer, self.spec))
         self.prompt_tokens.append(answer.prompt_tokens)
         # The latency token is not counted, so that models with and without one can be compared.
         self.last_layer_tokens.append(answer.layer_tokens[-1] - (answer.plan is not None))
@@ -121,8 +127,8 @@ class TaskRun:
         return {
             **outcome,
             "n": n,
-            "failed": None if self.failures is None else len(self.failures),
-            "failures": (self.failures or [])[:5],
+            "failed": len(self.failures) if self.failures_told else None,
+            "failures": self.failures[:5],
             "flops_frac": mean_of(self.flops_fracs),
             **{name: mean_of(getattr(self, name)) for name in COSTS},
             "plans": self.plans.statistics() if self.plans else None,
