@@ -31,7 +31,7 @@ $(EVAL)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-eval: $(EVAL)/.installed  ## run the tests that need lmms-eval, in an environment of their own
-	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q tests/test_lmms.py
+	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q tests/test_lmms*.py
 
 # Ten minutes on two idle cores; the last line is one JSON object.
 bench: $(STAMP)  ## measure whether milliseconds follow FLOPs
