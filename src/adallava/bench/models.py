@@ -19,7 +19,9 @@ from adallava.errors import ConfigError, did_you_mean
 # Layers, width, neurons, heads, words; then of the tower: layers, width, neurons, heads, patches per side.
 SHAPES = {
     "tiny": ((4, 64, 160, 4, 256), (2, 32, 64, 4, 6)),
+    "small": ((8, 512, 1376, 8, 4096), (4, 256, 1024, 4, 24)),
     "mid": ((16, 1024, 2752, 16, 4096), (4, 256, 1024, 4, 24)),
+    "large": ((24, 2048, 5504, 16, 4096), (4, 256, 1024, 4, 24)),
     "llava-1.5-7b": ((32, 4096, 11008, 32, 32064), (24, 1024, 4096, 16, 24)),
 }
 _PATCH = 14
@@ -41,7 +43,7 @@ def random_llava(name: str, device: torch.device, dtype: torch.dtype = torch.flo
         num_hidden_layers=layers,
         num_attention_heads=heads,
         vocab_size=words,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
     )
     vision = CLIPVisionConfig(
         hidden_size=wide,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from adallava.hosts.prompts import Request, encode, to_prompt
 from adallava.plan import ExecutionPlan, expand_tail
 from adallava.results import ResultRow, provenance
 
-PROMPT_TOKENS, NEW_TOKENS, BATCH = 624, 17, 8
+PROMPT_TOKENS, NEW_TOKENS, BATCH = 624, 33, 8
 HEADS_PER_SWITCH = 4
 # What is slow is measured in fewer rounds, but in three at least.
 _FEWER, _LEAST = 3, 3
@@ -83,10 +84,10 @@ class Suite:
         layers = base.config.text_config.num_hidden_layers
         self.tokens = min(PROMPT_TOKENS, base.config.text_config.max_position_embeddings - NEW_TOKENS - 1)
         prefix = layers // 2
+        self.adjacent = min(HEADS_PER_SWITCH, base.config.text_config.num_attention_heads // 2)
         self.vlms = {
             "L": self._adapt(variant="L", prefix_layers=prefix),
-            "H": self._adapt(variant="H", prefix_layers=prefix, heads_per_switch=HEADS_PER_SWITCH),
-            "free": self._adapt(variant="H", prefix_layers=prefix, heads_per_switch=1),
+            "H": self._adapt(variant="H", prefix_layers=prefix, heads_per_switch=self.adjacent),
         }
         self.spec = self.vlms["L"].spec
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -103,15 +104,15 @@ class Suite:
         """Prefill and decoding of one request, at whole and partial budgets, and a static model of the same depth."""
         layers = self.spec.num_layers
         shares = {"75%": 3 * layers // 4, "50%": layers // 2}
-        things: dict[str, Callable[[], Sample]] = {"plain": partial(self._plain, self.base, 1)}
+        things: dict[str, Callable[[], Sample]] = {"plain": partial(self.plain, self.base, 1)}
         for name in ("100%", *shares):
-            things[f"L {name}"] = self._asking("L", (name,))
-        things["H 100%"], things["H 75%"] = self._asking("H", ("100%",)), self._asking("H", ("75%",))
-        plans = {name: self._half_heads("free", free=name == "free heads") for name in ("grouped heads", "free heads")}
-        for name, plan in plans.items():
-            things[name] = self._asking("free", ("100%",), plan)
+            things[f"L {name}"] = self.asking("L", (name,))
+        things["H 100%"] = self.asking("H", ("100%",))
+        # The same share of heads and neurons, in groups or scattered as the scheduler may choose them.
+        things["H 75%"] = self.asking("H", ("75%",), self._half_heads(self.adjacent))
+        things["H 75%, free heads"] = self.asking("H", ("75%",), self._half_heads(1))
         for name, depth in shares.items():
-            things[f"static {name}"] = partial(self._plain, _twin(self.base, depth), 1)
+            things[f"static {name}"] = partial(self.plain, _twin(self.base, depth), 1)
         told = self._rounds(things)
 
         loads = {"L 75%": self._loads("L", "75%"), "L 50%": self._loads("L", "50%"), "H 75%": self._loads("H", "75%")}
@@ -129,7 +130,7 @@ class Suite:
             self._ratio("H 75%, decode", told, "H 75%", "plain", "decode", self._bytes_share([loads["H 75%"]]), 0.06),
         ]
         made += [
-            self._ratio(f"free heads over groups, {stage}", told, "free heads", "grouped heads", stage, 1.0, 0.10)
+            self._ratio(f"H 75%, free heads over groups, {stage}", told, "H 75%, free heads", "H 75%", stage, 1.0, 0.10)
             for stage in ("prefill", "decode")
         ]
         # What a user could have instead: a model of that depth, for one budget only. Nothing is promised of it.
@@ -148,8 +149,8 @@ class Suite:
             assert config is not None, "these are adaptive"
             budgets = [Budget.of_k(config, round(row * config.max_k / (BATCH - 1))) for row in range(BATCH)]
             things: dict[str, Callable[[], Sample]] = {
-                "plain": partial(self._plain, self.base, BATCH),
-                "mixed": self._asking(variant, budgets),
+                "plain": partial(self.plain, self.base, BATCH),
+                "mixed": self.asking(variant, budgets),
             }
             told = self._rounds(things, few=True)
             loads = [self._loads(variant, budget) for budget in budgets]
@@ -165,15 +166,11 @@ class Suite:
         """Bytes of the KV cache after a prefill, over those of the plan."""
         made = []
         for variant, budget in (("L", "50%"), ("H", "75%")):
-            vlm = self.vlms[variant]
-            inputs = encode(self.processor, [to_prompt(request) for request in self._requests([budget])])
-            state = vlm.request_state(torch.tensor([Budget.parse(budget).resolve(vlm.adaptive_config).k]))  # type: ignore[arg-type]
-            cache = AdaptiveCache(state)
-            with torch.no_grad():
-                vlm.model(**_moved(inputs, vlm.device), ada_state=state, past_key_values=cache, logits_to_keep=1)
+            cache = self.filled((variant, budget), 1)
+            state = cache.state
             assert state.plan is not None, "it was decided in the prefill"
             heads = sum(load.heads_on for load in plan_loads(self.spec, state.plan, 0)) // self.spec.heads_per_kv_head
-            size = next(vlm.model.parameters()).element_size()
+            size = next(self.base.parameters()).element_size()
             # Keys and values of the prompt and the latency token.
             expected = 2 * heads * self.spec.head_dim * size * (self.tokens + 1)
             ratio = cache.nbytes / expected
@@ -232,24 +229,37 @@ class Suite:
 
     # -- one thing, once ----------------------------------------------------------------------------------------------
 
-    def _plain(self, model: LlavaForConditionalGeneration, rows: int) -> Sample:
+    def plain(self, model: LlavaForConditionalGeneration, rows: int) -> Sample:
         """The plain Hugging Face model, as a user would run it."""
-        inputs = _moved(encode(self.processor, [to_prompt(r) for r in self._requests(["100%"] * rows)]), model.device)
+        inputs = self._inputs(rows)
         watch = Stopwatch(model.device)
-        model.generate(**inputs, **_decoding(), stopping_criteria=StoppingCriteriaList([watch]))
-        timing = watch.timing(0.0)
-        return {"prefill": timing.first_token_ms, "decode": timing.ms_per_token or 0.0}
+        model.generate(**inputs, **_decoding(watch))
+        return _times(watch)
 
-    def _asking(
+    def asking(
         self, variant: str, budgets: Sequence[object], plan: ExecutionPlan | None = None
     ) -> Callable[[], Sample]:
+        """A variant, as a user would ask it; a prompt for each budget."""
         vlm, requests = self.vlms[variant], self._requests(budgets)
 
         def run() -> Sample:
-            timing = vlm.generate_batch(requests, plan=plan, **_decoding())[0].timing
-            return {"prefill": timing.first_token_ms, "decode": timing.ms_per_token or 0.0}
+            watch = Stopwatch(vlm.device)
+            timing = vlm.generate_batch(requests, plan=plan, **_decoding(watch))[0].timing
+            return {**_times(watch), "prefill": timing.first_token_ms}
 
         return run
+
+    def filled(self, way: tuple[str, str], rows: int) -> AdaptiveCache:
+        """The KV cache of a variant at a budget after the prefill of so many rows."""
+        vlm = self.vlms[way[0]]
+        state = vlm.request_state(torch.tensor([Budget.parse(way[1]).resolve(vlm.adaptive_config).k] * rows))  # type: ignore[arg-type]
+        cache = AdaptiveCache(state)
+        with torch.no_grad():
+            vlm.model(**self._inputs(rows), ada_state=state, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def _inputs(self, rows: int) -> dict[str, Any]:
+        return _moved(encode(self.processor, [to_prompt(r) for r in self._requests(["100%"] * rows)]), self.base.device)
 
     def _rounds(self, things: Mapping[str, Callable[[], Sample]], *, few: bool = False) -> dict[str, list[Sample]]:
         rounds = self.settings.rounds
@@ -296,14 +306,13 @@ class Suite:
         whole = [full_loads(self.spec)] * len(loads)
         return step_bytes(self.spec, loads, self.tokens + 1) / step_bytes(self.spec, whole, self.tokens)
 
-    def _half_heads(self, variant: str, *, free: bool) -> ExecutionPlan:
-        """A plan with half of the heads of every switchable layer: the first ones, or any."""
-        config = self.vlms[variant].adaptive_config
+    def _half_heads(self, adjacent: int) -> ExecutionPlan:
+        """A plan with half of the heads of every switchable layer, drawn in groups of so many ``adjacent`` ones."""
+        config = self.vlms["H"].adaptive_config
         assert config is not None, "these are adaptive"
         tail = torch.zeros(1, config.tail_layers, 2, config.groups, dtype=torch.bool)
-        for gates in tail.view(-1, config.groups):
-            order = torch.randperm(config.groups, generator=self.generator) if free else torch.arange(config.groups)
-            gates[order[: config.groups // 2]] = True
+        for gates in tail.view(-1, config.groups // adjacent, adjacent):
+            gates[torch.randperm(len(gates), generator=self.generator)[: len(gates) // 2]] = True
         return ExecutionPlan(expand_tail(tail, config), config)
 
 
@@ -335,8 +344,15 @@ def _twin(base: LlavaForConditionalGeneration, layers: int | None = None) -> Lla
     return twin
 
 
-def _decoding() -> dict[str, Any]:
-    return {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+def _decoding(watch: Stopwatch) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    return {**options, "stopping_criteria": StoppingCriteriaList([watch])}
+
+
+def _times(watch: Stopwatch) -> Sample:
+    """Milliseconds to the first token, and of the middle one of all steps after it, so that no pause counts."""
+    steps = [1e3 * (after - before) for before, after in pairwise(watch.seconds)]
+    return {"prefill": 1e3 * watch.seconds[0], "decode": statistics.median(steps)}
 
 
 def _moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """The KV cache of a plan: a layer holds only the rows that run it, and a partly-on layer only its heads.
 
 Layers that never run hold nothing. Rows keep their place while the answer is decoded; beam search, which moves rows,
-moves them within the rows of each layer, because all beams of a sample share its plan.
+moves them within the rows of each layer, because all beams of a sample share its plan. A new token is written into room
+left for it, where transformers' own layers copy all that they hold.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,71 @@ if TYPE_CHECKING:
     from adallava.hosts.state import RequestState
 
 
+ROOM = 64
+"""Tokens for which room is made at once, in the first decoding step and whenever it is used up."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [R, heads, T, head_dim], with room behind them from the first decoding step on."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [R, heads, T', head_dim]; returns all keys and values."""
+        if key_states.requires_grad or (self.is_initialized and self.keys.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states  # a prompt may be all there will ever be
+            return self.keys, self.values
+        held = self.keys.shape[-2]
+        total = held + key_states.shape[-2]
+        keys, values = self._room(held, total)
+        keys[..., held:total, :], values[..., held:total, :] = key_states, value_states
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
+        return self.keys, self.values
+
+    def _room(self, held: int, total: int) -> tuple[Tensor, Tensor]:
+        """Tensors that begin with the keys and values held and have room for ``total`` tokens."""
+        rooms = self._rooms
+        # Whoever has moved rows or cut tokens off has put other tensors, or views of these, into keys and values.
+        if rooms is None or rooms[0].data_ptr() != self.keys.data_ptr() or rooms[0].shape[-2] < total:
+            rooms = _with_room(self.keys, held, total), _with_room(self.values, held, total)
+            self._rooms = rooms
+        return rooms
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room included."""
+        if not self.is_initialized:
+            return 0
+        held = (self.keys, self.values)
+        return sum(tensor.nbytes for tensor in (held if self._rooms is None else self._rooms))
+
+
+def _with_room(x: Tensor, held: int, total: int) -> Tensor:
+    room = x.new_empty(*x.shape[:-2], total + ROOM - 1, x.shape[-1])
+    room[..., :held, :] = x
+    return room
+
+
 class AdaptiveCache(DynamicCache):
     """A ``DynamicCache`` that belongs to one request and one plan (``state``)."""
 
     def __init__(self, state: RequestState) -> None:
         super().__init__()
+        self.layer_class_to_replicate = RoomyLayer
         self.state = state
-        self._bundles: dict[tuple[int, int], DynamicLayer] = {}
+        self._bundles: dict[tuple[int, int], RoomyLayer] = {}
 
-    def bundle(self, layer: int, bundle: int) -> DynamicLayer:
+    def bundle(self, layer: int, bundle: int) -> RoomyLayer:
         """The cache of one bundle of a partly-on layer: keys and values [R, heads, T, head_dim] of its heads only."""
-        return self._bundles.setdefault((layer, bundle), DynamicLayer())
+        return self._bundles.setdefault((layer, bundle), RoomyLayer())
 
     @property
     def is_initialized(self) -> bool:
@@ -39,9 +94,8 @@ class AdaptiveCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by keys and values."""
-        held = [*self.layers, *self._bundles.values()]
-        return sum(t.nbytes for layer in held if layer.is_initialized for t in (layer.keys, layer.values))
+        """Bytes held by keys and values: after a prefill just those of the plan, later up to ``ROOM`` tokens more."""
+        return sum(layer.nbytes for layer in (*self.layers, *self._bundles.values()))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Move rows as beam search asks: new row i continues old row ``beam_idx[i]``, int64 [B]."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -34,30 +34,25 @@ def mlp_bounds(width: int, groups: int) -> list[int]:
 # -- parts, for inference ---------------------------------------------------------------------------------------------
 
 
-def some_heads(attention: Any, decoder: Decoder, x: Tensor, spans: Sequence[Span], **kwargs: Any) -> Tensor:
-    """Attention output of the key/value groups in ``spans``, before the output bias: [R, T, D] -> [R, T, D].
+Parts = dict[str, Callable[[Tensor], Tensor]]
+"""Projections of an attention or MLP, each cut down to what is on, by name."""
 
-    kwargs: everything else that the attention's forward takes; ``past_key_values`` must hold just these heads.
-    """
+
+def head_parts(attention: Any, decoder: Decoder, spans: Sequence[Span]) -> Parts:
+    """Projections of an attention for the key/value groups in ``spans``; that out of the heads is without its bias."""
     key_unit = attention.head_dim
     query_unit = key_unit * attention.num_key_value_groups
     units = {"q_proj": query_unit, "k_proj": key_unit, "v_proj": key_unit}
-    parts: dict[str, Callable[[Tensor], Tensor]] = {
-        name: partial(_rows, _linear(attention, name), spans, unit) for name, unit in units.items()
-    }
+    parts: Parts = {name: _rows(_linear(attention, name), _times(spans, unit)) for name, unit in units.items()}
     out = decoder.attention_out
-    parts[out] = partial(_columns, _linear(attention, out), spans, query_unit)
-    return exchanged_forward(attention, parts, hidden_states=x, **kwargs)[0]
+    return parts | {out: _columns(_linear(attention, out), _times(spans, query_unit))}
 
 
-def some_neurons(mlp: Any, decoder: Decoder, x: Tensor, spans: Sequence[Span], bounds: Sequence[int]) -> Tensor:
-    """MLP output of the neuron shares in ``spans``, before the output bias: [R, T, D] -> [R, T, D]."""
+def neuron_parts(mlp: Any, decoder: Decoder, spans: Sequence[Span], bounds: Sequence[int]) -> Parts:
+    """Projections of an MLP for the neuron shares in ``spans``; that out of the neurons is without its bias."""
     neurons = [(bounds[start], bounds[stop]) for start, stop in spans]
-    parts: dict[str, Callable[[Tensor], Tensor]] = {
-        name: partial(_rows, _linear(mlp, name), neurons, 1) for name in decoder.mlp_in
-    }
-    parts[decoder.mlp_out] = partial(_columns, _linear(mlp, decoder.mlp_out), neurons, 1)
-    return exchanged_forward(mlp, parts, x)
+    parts: Parts = {name: _rows(_linear(mlp, name), neurons) for name in decoder.mlp_in}
+    return parts | {decoder.mlp_out: _columns(_linear(mlp, decoder.mlp_out), neurons)}
 
 
 def add_bias(linear: nn.Linear, out: Tensor) -> Tensor:
@@ -67,6 +62,8 @@ def add_bias(linear: nn.Linear, out: Tensor) -> Tensor:
 
 def sum_bundles(x: Tensor, bundles: Sequence[Bundle], run: Callable[[Tensor, Bundle, int], Tensor]) -> Tensor:
     """Sum of ``run(rows_of_x, bundle, number)`` over bundles, each put back on the rows it ran on: [R, T, D]."""
+    if len(bundles) == 1 and bundles[0].rows is None:
+        return run(x, bundles[0], 0)
     total = torch.zeros_like(x)
     for number, bundle in enumerate(bundles):
         if bundle.rows is None:
@@ -131,26 +128,58 @@ def _linear(module: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _rows(linear: nn.Linear, spans: Sequence[Span], unit: int, x: Tensor) -> Tensor:
-    """Output features ``unit * start : unit * stop`` of a linear layer for each span, side by side."""
-    parts = [
-        functional.linear(
-            x,
-            linear.weight[start * unit : stop * unit],
-            None if linear.bias is None else linear.bias[start * unit : stop * unit],
-        )
-        for start, stop in spans
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+def _times(spans: Sequence[Span], unit: int) -> list[Span]:
+    return [(start * unit, stop * unit) for start, stop in spans]
 
 
-def _columns(linear: nn.Linear, spans: Sequence[Span], unit: int, x: Tensor) -> Tensor:
-    """A linear layer fed with only the input features of ``spans``, given side by side in x; without its bias."""
-    done, total = 0, None
-    for start, stop in spans:
-        size = (stop - start) * unit
-        part = functional.linear(x[..., done : done + size], linear.weight[:, start * unit : stop * unit])
-        total = part if total is None else total + part
-        done += size
-    assert total is not None, "a bundle has at least one span"
-    return total
+def _rows(linear: nn.Linear, spans: Sequence[Span]) -> Callable[[Tensor], Tensor]:
+    """Output features ``start:stop`` of a linear layer for each span, side by side."""
+    weights = [linear.weight[start:stop] for start, stop in spans]
+    biases = [None if linear.bias is None else linear.bias[start:stop] for start, stop in spans]
+    ends = _ends(spans)
+
+    def run(x: Tensor) -> Tensor:
+        if len(spans) == 1:
+            return functional.linear(x, weights[0], biases[0])
+        if not _in_place(x):
+            return torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], dim=-1)
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat.new_empty(len(flat), ends[-1])
+        for weight, bias, (start, stop) in zip(weights, biases, pairwise(ends), strict=True):
+            part = out[:, start:stop]
+            if bias is None:
+                torch.mm(flat, weight.t(), out=part)
+            else:
+                torch.addmm(bias, flat, weight.t(), out=part)
+        return out.view(*x.shape[:-1], -1)
+
+    return run
+
+
+def _columns(linear: nn.Linear, spans: Sequence[Span]) -> Callable[[Tensor], Tensor]:
+    """A linear layer fed with only the input features of ``spans``, given side by side; without its bias."""
+    weights = [linear.weight[:, start:stop] for start, stop in spans]
+    places = list(pairwise(_ends(spans)))
+
+    def run(x: Tensor) -> Tensor:
+        if len(spans) == 1:
+            return functional.linear(x, weights[0])
+        if not _in_place(x):
+            parts = [functional.linear(x[..., a:b], w) for w, (a, b) in zip(weights, places, strict=True)]
+            return torch.stack(parts).sum(0)
+        flat = x.reshape(-1, x.shape[-1])
+        total = torch.mm(flat[:, : places[0][1]], weights[0].t())
+        for weight, (start, stop) in zip(weights[1:], places[1:], strict=True):
+            total.addmm_(flat[:, start:stop], weight.t())
+        return total.view(*x.shape[:-1], -1)
+
+    return run
+
+
+def _ends(spans: Sequence[Span]) -> list[int]:
+    return list(accumulate((stop - start for start, stop in spans), initial=0))
+
+
+def _in_place(x: Tensor) -> bool:
+    """Whether products may be written where they belong, which autograd and autocast do not know."""
+    return not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from adallava.config import AdaptiveConfig
 from adallava.errors import ConfigError
 from adallava.hosts.arch import Decoder
 from adallava.hosts.execution import Bundle, LayerRun, Mode
@@ -21,9 +20,9 @@ from adallava.hosts.heads import (
     exchanged_forward,
     gated_attention,
     gated_mlp,
+    head_parts,
     mlp_bounds,
-    some_heads,
-    some_neurons,
+    neuron_parts,
     sum_bundles,
 )
 from adallava.hosts.state import RequestState
@@ -95,7 +94,7 @@ class AdaptiveLayer:
         if run.mode is Mode.ROWS:
             out = self.host_class.forward(self, x, **kw)
         else:
-            out = self._sliced_forward(x, run, ada_state.config, **kw)
+            out = self._sliced_forward(x, run, ada_state, **kw)
         return out if run.rows is None else hidden_states.index_copy(0, run.rows, out)
 
     def _gated_forward(self, x: Tensor, state: RequestState, **kw: Any) -> Tensor:
@@ -115,20 +114,25 @@ class AdaptiveLayer:
             scale,
         )
 
-    def _sliced_forward(self, x: Tensor, run: LayerRun, config: AdaptiveConfig, **kw: Any) -> Tensor:
+    def _sliced_forward(self, x: Tensor, run: LayerRun, state: RequestState, **kw: Any) -> Tensor:
         """Only the heads and neurons that are on, each on the rows that have it on."""
-        attention, bounds = self.self_attn, mlp_bounds(self._mlp_out.in_features, config.groups)
+        attention, mlp, decoder = self.self_attn, self.mlp, self.decoder
+        bounds = mlp_bounds(self._mlp_out.in_features, state.config.groups)
 
         def heads(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
             some = _select_rows(kw, bundle.rows, len(x))
             if (cache := kw.get("past_key_values")) is not None:
                 some = {**some, "past_key_values": cache.bundle(attention.layer_idx, number)}
-            return some_heads(attention, self.decoder, rows, bundle.spans, **some)
+            if (attention, number) not in state.parts:
+                state.parts[attention, number] = head_parts(attention, decoder, bundle.spans)
+            return exchanged_forward(attention, state.parts[attention, number], hidden_states=rows, **some)[0]
 
-        def neurons(rows: Tensor, bundle: Bundle, _: int) -> Tensor:
-            return some_neurons(self.mlp, self.decoder, rows, bundle.spans, bounds)
+        def neurons(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
+            if (mlp, number) not in state.parts:
+                state.parts[mlp, number] = neuron_parts(mlp, decoder, bundle.spans, bounds)
+            return exchanged_forward(mlp, state.parts[mlp, number], rows)
 
-        attention_out = getattr(attention, self.decoder.attention_out)
+        attention_out = getattr(attention, decoder.attention_out)
         return self._around(
             x,
             lambda h: add_bias(attention_out, sum_bundles(h, run.attention, heads)),

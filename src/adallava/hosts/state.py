@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adallava.config import AdaptiveConfig
 from adallava.errors import PlanError
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.execution import LayerRun, compile_plan
+from adallava.hosts.heads import Parts
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.sampling import NoiseSource
 from adallava.scheduling.scheduler import Mode, Scheduler
@@ -59,6 +60,7 @@ class RequestState:
         self.plan: ExecutionPlan | None = None
         self.runs: tuple[LayerRun, ...] | None = None
         self.rope_deltas: Tensor | None = None  # see ``inputs.rope_positions``
+        self.parts: dict[tuple[nn.Module, int], Parts] = {}  # of partly-on layers, by half and bundle; made once
         self.past_tokens = 0  # tokens in the cache before this forward
         if plan is not None and plan.config != self.config:
             raise PlanError(f"the plan is for {plan.config}, the model is {self.config}. Make the plan for this model.")
