@@ -20,7 +20,7 @@ import torch
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava
 from adallava.bench.speed import Sample, Suite
-from adallava.bench.timing import in_rounds
+from adallava.bench.timing import in_rounds, keep_memory
 from adallava.results import ResultRow, provenance
 
 TOKENS, BATCH = 256, 1
@@ -46,6 +46,7 @@ class Point:
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per point and way of running it, then one per axis and way with the exponents."""
+    keep_memory()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)

@@ -23,7 +23,7 @@ from transformers import LlavaForConditionalGeneration, StoppingCriteriaList
 
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava, random_processor
-from adallava.bench.timing import in_rounds, now
+from adallava.bench.timing import in_rounds, keep_memory, now
 from adallava.budget import Budget
 from adallava.cost import LayerLoad, ModelSpec, full_loads, plan_loads, prefill_flops
 from adallava.hosts.answer import Stopwatch
@@ -63,6 +63,7 @@ class Measure:
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per measure: the ratio, its share, the allowance, whether it held, and medians in milliseconds."""
+    keep_memory()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)

@@ -217,25 +217,31 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="speed: do ms follow FLOPs? selection: prefill time over the visual tokens kept. latency: how budgets "
-            "in ms hold."
+            help="speed: do ms follow FLOPs? scaling: over prompt, batch and model. selection: prefill time over the "
+            "visual tokens kept. latency: how budgets in ms hold."
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="Random weights in the shape of: tiny, mid, llava-1.5-7b; for latency also mini-L ...")
+        str,
+        typer.Option(
+            help="Random weights in the shape of: tiny, small, mid, large, llava-1.5-7b; for latency also mini-L ..."
+        ),
     ] = "mid",
     rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     device: Annotated[str, typer.Option(help="cpu, or cuda (in bfloat16).")] = "cpu",
     seed: Annotated[int, typer.Option(help="Draws weights, inputs and order.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New JSON file for the result rows.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Result rows to show instead of measuring.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures of speed or scaling.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure times on this machine, side by side in one process."""
     from adallava.bench import BenchSettings
+    from adallava.cli.bench import BenchFiles
     from adallava.cli.bench import bench as command
 
-    command(name, BenchSettings(model, rounds, threads, device, seed), out, as_json)
+    command(name, BenchSettings(model, rounds, threads, device, seed), BenchFiles(rows, out, figures), as_json)
 
 
 @app.command()

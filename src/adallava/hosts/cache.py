@@ -41,7 +41,8 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states  # a prompt may be all there will ever be
+            # No room yet: a prompt may be all there will ever be.
+            self.keys, self.values = key_states.contiguous(), value_states.contiguous()
             return self.keys, self.values
         held = self.keys.shape[-2]
         total = held + key_states.shape[-2]

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 PER_TOKEN = {"attention_mask": 1, "labels": IGNORE_INDEX, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
+def moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The tensors of ``inputs`` on a device, those of floating point in ``dtype``."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }
+
+
 def insert_latency_slot(inputs: dict[str, Any], slot_id: int) -> tuple[dict[str, Any], Tensor]:
     """Make room for one more token in each row; returns new inputs [B, T + 1] and the slots' positions, int64 [B].
 

@@ -75,7 +75,7 @@ class AdaptiveLayer:
         cut = None if ada_state is None or ada_state.past_tokens else ada_state.cut
         watched = cut is not None and index == cut.layer - 1
         if ada_state is None or (index < ada_state.prefix_layers and not watched):
-            return self.host_class.forward(self, hidden_states, *args, **kw)
+            return self._whole(hidden_states, ada_state, *args, **kw)
         assert not args, "the decoder passes everything but the hidden states by name"
         if watched:
             assert cut is not None
@@ -88,7 +88,7 @@ class AdaptiveLayer:
         if run.mode is Mode.SKIP:
             return hidden_states
         if run.mode is Mode.FULL:
-            return self.host_class.forward(self, hidden_states, **kw)
+            return self._whole(hidden_states, ada_state, **kw)
         x = hidden_states if run.rows is None else hidden_states[run.rows]
         kw = _select_rows(kw, run.rows, len(hidden_states))
         if run.mode is Mode.ROWS:
@@ -96,6 +96,12 @@ class AdaptiveLayer:
         else:
             out = self._sliced_forward(x, run, ada_state, **kw)
         return out if run.rows is None else hidden_states.index_copy(0, run.rows, out)
+
+    def _whole(self, x: Tensor, state: RequestState | None, *args: Any, **kw: Any) -> Any:
+        """The host's forward, a decoding step by its graph where the request has them."""
+        if state is not None and state.graphs is not None and state.past_tokens and state.cut is None:
+            return state.graphs.run(self, x, kw)
+        return self.host_class.forward(self, x, *args, **kw)
 
     def _gated_forward(self, x: Tensor, state: RequestState, **kw: Any) -> Tensor:
         """Everything is computed, and what a gate of zero covers adds exactly nothing."""

@@ -26,7 +26,8 @@ from adallava.hosts.budgets import Batch, prompt_lengths, resolve_budgets, work_
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
-from adallava.hosts.inputs import insert_latency_slot, slot_id
+from adallava.hosts.graphs import DecodeGraphs, lent
+from adallava.hosts.inputs import insert_latency_slot, moved, slot_id
 from adallava.hosts.profiles import Profiles
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
@@ -52,6 +53,7 @@ class AdaptiveVLM(nn.Module):
         self.processor, self.adaptive_config = processor, config
         self.mode: Mode = "learned"
         self.profiles = Profiles()
+        self.graphs: DecodeGraphs | None = None  # set by ``graphs.use_graphs``
         if config is not None:
             attach(model, config)
             scheduler = scheduler or Scheduler(config)
@@ -279,7 +281,7 @@ class AdaptiveVLM(nn.Module):
         budgets = [self._budget(request.budget) for request in requests]
         clock = self._clock(budgets, selector, kwargs)
         prompts = [to_prompt(request) for request in requests]
-        inputs = self._to_device(encode(self.processor, prompts))
+        inputs = moved(encode(self.processor, prompts), self.device, next(self.model.parameters()).dtype)
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
         watch = Stopwatch(self.device)
         prepared, watch.started = time.perf_counter() - started, watch._now()
@@ -306,7 +308,8 @@ class AdaptiveVLM(nn.Module):
             inputs["ada_state"] = state
             if options.get("use_cache", True):
                 inputs["past_key_values"] = AdaptiveCache(state)
-        with evaluating(self):
+        rows = len(requests) if one_sequence(kwargs) else 0
+        with evaluating(self), lent(self.graphs, state, rows, max(map(max, batch.last_lengths)) + 1):
             out = self.model.generate(**inputs, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
@@ -337,14 +340,6 @@ class AdaptiveVLM(nn.Module):
                 "num_return_sequences, or write a share such as '60%'."
             )
         return self.profiles.get(self, selector, timed)
-
-    def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        dtype = next(self.model.parameters()).dtype
-        return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor)
-        }
 
     def _prepare(
         self, inputs: dict[str, Any], resolved: Sequence[ResolvedBudget | None], selector: Selector, **kwargs: Any

@@ -9,6 +9,7 @@ no scheduler: then nothing is put in and nothing decided, and everything runs.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from adallava.hosts.heads import Parts
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.sampling import NoiseSource
 from adallava.scheduling.scheduler import Mode, Scheduler
+
+if TYPE_CHECKING:
+    from adallava.hosts.graphs import DecodeGraphs
 
 
 class RequestState:
@@ -61,9 +65,18 @@ class RequestState:
         self.runs: tuple[LayerRun, ...] | None = None
         self.rope_deltas: Tensor | None = None  # see ``inputs.rope_positions``
         self.parts: dict[tuple[nn.Module, int], Parts] = {}  # of partly-on layers, by half and bundle; made once
+        self.graphs: DecodeGraphs | None = None  # lent to the request while it decodes
         self.past_tokens = 0  # tokens in the cache before this forward
         if plan is not None and plan.config != self.config:
             raise PlanError(f"the plan is for {plan.config}, the model is {self.config}. Make the plan for this model.")
+
+    @classmethod
+    def decided_by(cls, scheduler: Scheduler, plan: ExecutionPlan) -> RequestState:
+        """The state of requests that are decoding already, under ``plan``, one row each."""
+        device = next(scheduler.parameters()).device
+        state = cls(scheduler, torch.tensor(plan.k), latency_index=torch.zeros(len(plan), dtype=torch.long))
+        state.gates, state.plan, state.runs = plan.gates.to(device), plan, compile_plan(plan, device)
+        return state
 
     @property
     def config(self) -> AdaptiveConfig:

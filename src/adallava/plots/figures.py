@@ -21,7 +21,7 @@ from adallava.results import ResultRow
 matplotlib.rcParams["svg.hashsalt"] = "adallava"  # the same rows give the same file
 
 # Dark to light in grey as well: a blue, an orange, a green and a purple of falling darkness.
-_STYLES: tuple[dict[str, Any], ...] = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#1b3a6b", "marker": "o", "linestyle": "-"},
     {"color": "#c8501e", "marker": "s", "linestyle": "--"},
     {"color": "#3f8f5b", "marker": "^", "linestyle": "-."},
@@ -60,7 +60,7 @@ def training_curve(rows: Sequence[ResultRow]) -> Figure:
 def accuracy_over_compute(lines: Sequence[Line], title: str = "") -> Figure:
     """Fig. C: accuracy over the share of the base model's prefill FLOPs, one line per design."""
     figure, axes = _axes("Prefill FLOPs (% of the base model)", "Accuracy (%)", title)
-    for line, style in zip(lines, _STYLES, strict=False):
+    for line, style in zip(lines, STYLES, strict=False):
         x, y = PERCENT * np.array(line.x), PERCENT * np.array(line.y)
         bars = PERCENT * np.array(line.interval) if line.interval else None
         axes.errorbar(x, y, yerr=bars, capsize=3, markersize=5, linewidth=1.5, label=line.label, **style)
@@ -76,8 +76,8 @@ def learned_against_random(learned: Line, random: Mapping[str, Sequence[Line]], 
     figure, axes = _axes("Budget (% of the base model's FLOPs)", "Accuracy (%)", title)
     x = PERCENT * np.array(learned.x)
     bars = PERCENT * np.array(learned.interval) if learned.interval else None
-    axes.errorbar(x, PERCENT * np.array(learned.y), yerr=bars, capsize=3, label=learned.label, **_STYLES[0])
-    for (name, draws), style in zip(random.items(), _STYLES[1:], strict=False):
+    axes.errorbar(x, PERCENT * np.array(learned.y), yerr=bars, capsize=3, label=learned.label, **STYLES[0])
+    for (name, draws), style in zip(random.items(), STYLES[1:], strict=False):
         values = PERCENT * np.array([draw.y for draw in draws])
         at = PERCENT * np.array(draws[0].x)
         many = f", mean of {len(draws)} draws" if len(draws) > 1 else ""
@@ -95,7 +95,7 @@ def radar(tasks: Sequence[str], lines: Sequence[Line], centre: float = 0.6) -> F
     angles = np.linspace(0, 2 * math.pi, len(tasks), endpoint=False)
     figure = Figure(figsize=(5.2, 5.2), layout="constrained")
     axes: Any = figure.add_subplot(projection="polar")
-    for number, (line, style) in enumerate(zip(lines, _STYLES, strict=False)):
+    for number, (line, style) in enumerate(zip(lines, STYLES, strict=False)):
         closed = PERCENT * np.append(line.y, line.y[0])
         axes.plot(np.append(angles, angles[0]), closed, markersize=4, linewidth=1.5, label=line.label, **style)
         bars = {"fmt": "none", "capsize": 2, "linewidth": 0.8, "ecolor": style["color"]}

@@ -38,13 +38,16 @@ def write_items(items: Sequence[Item], folder: Path, title: str, facts: Sequence
             for ending, text in (("md", table.to_markdown()), ("csv", table.to_csv()), ("tex", table.to_latex())):
                 (folder / f"{name}.{ending}").write_text(text, encoding="utf-8")
         for name, figure in item.figures.items():
-            for ending in ("png", "svg"):
-                # Without the date, so that the same rows give the same file.
-                more = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": _DPI}
-                figure.savefig(folder / f"{item.name}-{name}.{ending}", **more)
+            save_figure(figure, folder / f"{item.name}-{name}")
     page = folder / "index.html"
     page.write_text(to_html(items, title, facts), encoding="utf-8")
     return page
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write ``stem``.png and ``stem``.svg; the same rows give the same files, so there is no date in them."""
+    figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=_DPI)
+    figure.savefig(stem.with_name(f"{stem.name}.svg"), metadata={"Date": None})
 
 
 def to_html(items: Sequence[Item], title: str, facts: Sequence[tuple[str, str]]) -> str:
