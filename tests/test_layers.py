@@ -1,7 +1,7 @@
 """The rooms and which of them may import which. A file that imports upwards fails here.
 
-cli -> (evaluation, bench, training, parity, plots, mini) -> hosts -> (scheduling, selection, cost) -> bottom, where the
-bottom is config, budget, plan, registry, results and errors.
+cli -> (bench, evaluation, training, parity, plots, mini, serving) -> hosts -> (scheduling, selection, cost) -> bottom,
+where the bottom is config, budget, plan, registry, results and errors.
 """
 
 import ast
@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "hosts": BOTTOM | MIDDLE | {"data"},
     "training": BOTTOM | MIDDLE | {"hosts", "data"},
     "mini": BOTTOM | MIDDLE | {"hosts", "data", "training"},
-    "bench": BOTTOM | MIDDLE | {"hosts", "data"},
+    "bench": BOTTOM | MIDDLE | {"hosts", "data", "mini", "serving"},
     "evaluation": BOTTOM | MIDDLE | {"hosts", "data", "mini"},
     "parity": BOTTOM | MIDDLE | {"hosts", "data"},
+    "serving": BOTTOM | MIDDLE | {"hosts"},
     "plots": BOTTOM | {"cost"},
-    "cli": BOTTOM | MIDDLE | {"hosts", "data", "training", "mini", "bench", "evaluation", "parity", "plots"},
+    "cli": BOTTOM | MIDDLE | {"hosts", "data", "training", "mini", "bench", "evaluation", "parity", "plots", "serving"},
 }
 # The package's __init__ names everything lazily; only its version may be imported from elsewhere.
 TOP = "__init__"

@@ -12,6 +12,7 @@ import typer
 
 from adallava import __version__
 from adallava.cli.group import Commands
+from adallava.cli.serve import serve
 
 app = typer.Typer(
     cls=Commands,
@@ -217,8 +218,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="speed: do ms follow FLOPs? scaling: over prompt, batch and model. selection: prefill time over the "
-            "visual tokens kept. latency: how budgets in ms hold."
+            help="speed: do ms follow FLOPs? scaling: over prompt, batch and model. selection: prefill time over "
+            "tokens kept. latency: how budgets in ms hold. load: what a server does under it."
         ),
     ],
     model: Annotated[
@@ -383,6 +384,9 @@ def explain(
     from adallava.cli.explain import explain as command
 
     command(ExplainOptions(image, tuple(questions), budget, model, out), as_json)
+
+
+app.command()(serve)
 
 
 @app.command()

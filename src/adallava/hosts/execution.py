@@ -1,8 +1,10 @@
 """From a plan to what each layer has to do: nothing, everything, some rows, or some heads of some rows.
 
 Compiled once per request, when the plan is decided, so that the layers take no decision token by token. Work is cut
-into *bundles*: the gate columns that are on for the same rows. A bundle's columns are given as spans of adjacent
-columns, because adjacent columns are one slice of a weight matrix, a view and never a copy.
+into *bundles*: the gate columns that are on for the same rows, so that a decoding step reads each weight once. The MLP
+of a prompt, whose many tokens are worth a weight's reading for each row, has bundles of rows with the same columns
+instead: fewer, and larger. A bundle's columns are given as spans of adjacent columns, because adjacent columns are one
+slice of a weight matrix, a view and never a copy.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ class LayerRun:
     rows: Tensor | None = None
     attention: tuple[Bundle, ...] = ()
     mlp: tuple[Bundle, ...] = ()
+    prompt_mlp: tuple[Bundle, ...] = ()
 
 
 def compile_plan(plan: ExecutionPlan, device: torch.device) -> tuple[LayerRun, ...]:
@@ -60,7 +63,8 @@ def _compile_layer(gates: Tensor, device: torch.device) -> LayerRun:
     rows = rows if rows is None else rows.to(device)
     if active.all():
         return LayerRun(Mode.FULL if rows is None else Mode.ROWS, rows)
-    return LayerRun(Mode.SLICES, rows, _bundles(active[:, 0], device), _bundles(active[:, 1], device))
+    attention, mlp = active[:, 0], active[:, 1]
+    return LayerRun(Mode.SLICES, rows, _bundles(attention, device), _bundles(mlp, device), _by_row(mlp, device))
 
 
 def _bundles(columns: Tensor, device: torch.device) -> tuple[Bundle, ...]:
@@ -75,6 +79,21 @@ def _bundles(columns: Tensor, device: torch.device) -> tuple[Bundle, ...]:
             _spans(indices),
         )
         for pattern, indices in groups.items()
+    )
+
+
+def _by_row(columns: Tensor, device: torch.device) -> tuple[Bundle, ...]:
+    """Columns of one half of a layer: bool [R, G] -> bundles of the rows that have the same of them on."""
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for row, pattern in enumerate(columns.tolist()):
+        if any(pattern):
+            groups.setdefault(tuple(pattern), []).append(row)
+    return tuple(
+        Bundle(
+            None if len(rows) == len(columns) else torch.tensor(rows, device=device),
+            _spans([column for column, on in enumerate(pattern) if on]),
+        )
+        for pattern, rows in groups.items()
     )
 
 

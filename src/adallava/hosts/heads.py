@@ -67,9 +67,9 @@ def sum_bundles(x: Tensor, bundles: Sequence[Bundle], run: Callable[[Tensor, Bun
     total = torch.zeros_like(x)
     for number, bundle in enumerate(bundles):
         if bundle.rows is None:
-            total = total + run(x, bundle, number)
+            total += run(x, bundle, number)
         else:
-            total = total.index_add(0, bundle.rows, run(x[bundle.rows], bundle, number))
+            total.index_add_(0, bundle.rows, run(x[bundle.rows], bundle, number))
     return total
 
 

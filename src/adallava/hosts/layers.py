@@ -134,15 +134,17 @@ class AdaptiveLayer:
             return exchanged_forward(attention, state.parts[attention, number], hidden_states=rows, **some)[0]
 
         def neurons(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
-            if (mlp, number) not in state.parts:
-                state.parts[mlp, number] = neuron_parts(mlp, decoder, bundle.spans, bounds)
-            return exchanged_forward(mlp, state.parts[mlp, number], rows)
+            key = (mlp, number if bundles is run.mlp else -1 - number)
+            if key not in state.parts:
+                state.parts[key] = neuron_parts(mlp, decoder, bundle.spans, bounds)
+            return exchanged_forward(mlp, state.parts[key], rows)
 
+        bundles = run.mlp if x.shape[1] == 1 else run.prompt_mlp
         attention_out = getattr(attention, decoder.attention_out)
         return self._around(
             x,
             lambda h: add_bias(attention_out, sum_bundles(h, run.attention, heads)),
-            lambda h: add_bias(self._mlp_out, sum_bundles(h, run.mlp, neurons)),
+            lambda h: add_bias(self._mlp_out, sum_bundles(h, bundles, neurons)),
         )
 
     def _around(self, x: Tensor, attend: _Branch, feed: _Branch, scale: Tensor | None = None) -> Tensor:

@@ -1,0 +1,173 @@
+"""What a server does under load: requests that come at random, whether or not those before them are done.
+
+The capacity is measured first: how many requests a second the whole model answers when there is always one more. Then,
+at multiples of that rate, the same questions come at the same random times under three policies: the governor, which
+gives each request what the load allows, and fixed budgets of 100 % and 60 %. Questions are the mini benchmark's, so
+that less work shows as fewer right answers; a refused request is no right answer, and not in time.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from adallava.bench import BenchSettings
+from adallava.bench.calibrate import CalibrationSettings, calibrate
+from adallava.budget import Budget
+from adallava.hosts.model import AdaptiveVLM, Request
+from adallava.hosts.prompts import Prompt, to_prompt
+from adallava.mini.questions import FAMILIES, Item, benchmark
+from adallava.mini.scenes import to_image
+from adallava.mini.scoring import score
+from adallava.results import ResultRow, provenance
+from adallava.serving.engine import Engine
+from adallava.serving.jobs import Begun, Ended, Event, Failed, Job, Limits, OverloadedError
+from adallava.serving.speech import Sampling
+
+LOADS = (0.5, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0)
+POLICIES: dict[str, Budget | None] = {
+    "governor": None,
+    "fixed 100%": Budget.parse("100%"),
+    "fixed 60%": Budget.parse("60%"),
+}
+CALIBRATION_SECONDS = 40.0
+REQUESTS_PER_ROUND = 20
+"""Of a load are asked ``rounds`` times as many requests."""
+OBJECTIVE_OVER_IDLE = 8.0
+"""The objective, in median first tokens of the whole model when nobody else is there."""
+_TOKENS, _TIMEOUT_S = 6, 120.0
+_SHORT = tuple(family for family in FAMILIES if family != "description")
+
+
+@dataclass
+class _Asked:
+    """One request, and how it went."""
+
+    item: Item
+    prompt: Prompt
+    begun: Begun | None = None
+    ended: Ended | None = None
+    refused: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Begun):
+            self.begun = event
+        elif isinstance(event, Ended | Failed):
+            self.ended = event if isinstance(event, Ended) else None
+            self.over.set()
+
+
+def measure(settings: BenchSettings) -> list[ResultRow]:
+    """One row for each load and policy."""
+    torch.set_num_threads(settings.threads)
+    vlm = AdaptiveVLM.from_pretrained(settings.model, device=settings.device)
+    profile = calibrate(vlm, settings.model, CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed), save=False)
+    count = REQUESTS_PER_ROUND * settings.rounds
+    idle = _run(vlm, _questions(min(count, 40), settings.seed), POLICIES["fixed 100%"], None, lambda _: None, each=True)
+    objective = OBJECTIVE_OVER_IDLE * statistics.median(one.begun.first_token_ms for one in idle if one.begun)
+    capacity = _capacity(vlm, count, settings.seed)
+    rows = []
+    origin = provenance(device=vlm.device, dtype=next(vlm.model.parameters()).dtype, seed=settings.seed)
+    for load in LOADS:
+        arrivals = _arrivals(count, load * capacity, settings.seed)
+        for name, budget in POLICIES.items():
+            vlm.profiles.use(profile)  # a fresh forecaster, which has learned nothing of the load before
+            asked = _questions(count, settings.seed)
+            began = time.perf_counter()
+            _run(vlm, asked, budget, objective, _pacer(arrivals, began))
+            seconds = time.perf_counter() - began
+            config = {"model": settings.model, "load": load, "policy": name, "requests": count}
+            told = {"capacity_per_s": capacity, "objective_ms": objective, **_summary(asked, objective, seconds)}
+            rows.append(ResultRow("load", told, config, origin))
+    return rows
+
+
+def _questions(count: int, seed: int) -> list[_Asked]:
+    """As many questions of each family, about scenes of their own, in random order."""
+    items = [item for family in _SHORT for item in benchmark(family, seed, -(-count // len(_SHORT)))]
+    random.Random(seed).shuffle(items)
+    return [_Asked(item, to_prompt(Request(item.question.text, to_image(item.scene)))) for item in items[:count]]
+
+
+def _arrivals(count: int, rate: float, seed: int) -> list[float]:
+    """Seconds at which requests come, as a Poisson process."""
+    rng = random.Random(seed)
+    at, made = 0.0, []
+    for _ in range(count):
+        at += rng.expovariate(rate)
+        made.append(at)
+    return made
+
+
+def _pacer(arrivals: Sequence[float], began: float) -> Callable[[int], None]:
+    def wait(number: int) -> None:
+        left = began + arrivals[number] - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+
+    return wait
+
+
+def _run(
+    vlm: AdaptiveVLM,
+    asked: Sequence[_Asked],
+    budget: Budget | None,
+    objective: float | None,
+    wait: Callable[[int], None],
+    *,
+    each: bool = False,
+) -> Sequence[_Asked]:
+    """Ask everything, each when ``wait`` returns; each: only when the one before it is done."""
+    limits = Limits(queue=len(asked), timeout_s=_TIMEOUT_S)
+    with Engine(vlm, limits, objective) as engine:
+        for number, one in enumerate(asked):
+            wait(number)
+            try:
+                engine.submit(Job(one.prompt, Sampling(_TOKENS), one, budget))
+            except OverloadedError:
+                one.refused = True
+                one.over.set()
+            if each:
+                one.over.wait(_TIMEOUT_S)
+        for one in asked:
+            one.over.wait(_TIMEOUT_S)
+    return asked
+
+
+def _capacity(vlm: AdaptiveVLM, count: int, seed: int) -> float:
+    """Requests a second that the whole model answers when there is always one more."""
+    asked = _questions(count, seed + 1)
+    began = time.perf_counter()
+    _run(vlm, asked, POLICIES["fixed 100%"], None, lambda _: None)
+    return count / (time.perf_counter() - began)
+
+
+def _summary(asked: Sequence[_Asked], objective: float, seconds: float) -> dict[str, object]:
+    answered = [one for one in asked if one.begun is not None and one.ended is not None]
+    first = np.array([one.begun.first_token_ms for one in answered if one.begun])
+    within = [one for one in answered if one.begun and one.begun.first_token_ms <= objective]
+    right = [score(one.item.question, one.ended.text) for one in answered if one.ended]
+    accepted = [one for one in asked if not one.refused]
+    told: dict[str, object] = {
+        "refused_frac": 1 - len(accepted) / len(asked),
+        "within_frac": len(within) / len(asked),
+        "within_accepted_frac": len(within) / len(accepted) if accepted else None,
+        "goodput_per_s": len(within) / seconds,
+        "answered": len(answered),
+        "accuracy": sum(right) / len(right) if right else None,
+        "right_frac": sum(right) / len(asked),
+        "mean_budget_frac": statistics.fmean(one.begun.plan.fraction[0] for one in answered if one.begun)
+        if answered
+        else None,
+    }
+    for name, share in (("p50", 50), ("p95", 95), ("p99", 99)):
+        told[f"first_token_ms_{name}"] = float(np.percentile(first, share)) if len(first) else None
+    return told
