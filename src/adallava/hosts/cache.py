@@ -7,6 +7,7 @@ left for it, where transformers' own layers copy all that they hold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from adallava.errors import PlanError
-from adallava.hosts.execution import LayerRun, Mode
+from adallava.hosts.execution import Bundle, LayerRun, Mode
 
 if TYPE_CHECKING:
     from adallava.hosts.state import RequestState
@@ -75,6 +76,21 @@ def _with_room(x: Tensor, held: int, total: int) -> Tensor:
     return room
 
 
+class KeptKV:
+    """Keys and values [R, heads, T, head_dim] of one bundle of a prompt, as its attention module gives them."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Note them."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+
 class AdaptiveCache(DynamicCache):
     """A ``DynamicCache`` that belongs to one request and one plan (``state``)."""
 
@@ -87,6 +103,28 @@ class AdaptiveCache(DynamicCache):
     def bundle(self, layer: int, bundle: int) -> RoomyLayer:
         """The cache of one bundle of a partly-on layer: keys and values [R, heads, T, head_dim] of its heads only."""
         return self._bundles.setdefault((layer, bundle), RoomyLayer())
+
+    def keep(self, layer: int, bundles: Sequence[Bundle], kept: Sequence[KeptKV], rows: int) -> None:
+        """Keep what a prompt left in a partly-on layer of so many ``rows``, as decoding wants it: by ``bundles``."""
+        held: dict[tuple[int, int], tuple[KeptKV, int, int]] = {}
+        for one in kept:
+            heads = [head for start, stop in one.bundle.spans for head in range(start, stop)]
+            own = range(rows) if one.bundle.rows is None else one.bundle.rows.tolist()
+            held |= {(row, head): (one, i, j) for i, row in enumerate(own) for j, head in enumerate(heads)}
+        for number, bundle in enumerate(bundles):
+            if len(kept) == 1 and kept[0].bundle.rows is None is bundle.rows:  # all rows have the same columns
+                self.bundle(layer, number).update(kept[0].keys, kept[0].values)
+                continue
+            heads = [head for start, stop in bundle.spans for head in range(start, stop)]
+            wanted = range(rows) if bundle.rows is None else bundle.rows.tolist()
+            first = kept[0].keys
+            keys = first.new_empty(len(wanted), len(heads), *first.shape[2:])
+            values = first.new_empty(len(wanted), len(heads), *kept[0].values.shape[2:])
+            for i, row in enumerate(wanted):
+                for j, head in enumerate(heads):
+                    one, own_row, own_head = held[row, head]
+                    keys[i, j], values[i, j] = one.keys[own_row, own_head], one.values[own_row, own_head]
+            self.bundle(layer, number).update(keys, values)
 
     @property
     def is_initialized(self) -> bool:

@@ -1,9 +1,9 @@
 """From a plan to what each layer has to do: nothing, everything, some rows, or some heads of some rows.
 
 Compiled once per request, when the plan is decided, so that the layers take no decision token by token. Work is cut
-into *bundles*: the gate columns that are on for the same rows, so that a decoding step reads each weight once. The MLP
-of a prompt, whose many tokens are worth a weight's reading for each row, has bundles of rows with the same columns
-instead: fewer, and larger. A bundle's columns are given as spans of adjacent columns, because adjacent columns are one
+into *bundles*: the gate columns that are on for the same rows, so that a decoding step reads each weight once. A
+prompt, whose many tokens are worth a weight's reading for each row, has bundles of rows with the same columns instead:
+fewer, and larger. A bundle's columns are given as spans of adjacent columns, because adjacent columns are one
 slice of a weight matrix, a view and never a copy.
 """
 
@@ -45,6 +45,7 @@ class LayerRun:
     rows: Tensor | None = None
     attention: tuple[Bundle, ...] = ()
     mlp: tuple[Bundle, ...] = ()
+    prompt_attention: tuple[Bundle, ...] = ()
     prompt_mlp: tuple[Bundle, ...] = ()
 
 
@@ -64,7 +65,8 @@ def _compile_layer(gates: Tensor, device: torch.device) -> LayerRun:
     if active.all():
         return LayerRun(Mode.FULL if rows is None else Mode.ROWS, rows)
     attention, mlp = active[:, 0], active[:, 1]
-    return LayerRun(Mode.SLICES, rows, _bundles(attention, device), _bundles(mlp, device), _by_row(mlp, device))
+    bundles = [make(half, device) for make in (_bundles, _by_row) for half in (attention, mlp)]
+    return LayerRun(Mode.SLICES, rows, *bundles)
 
 
 def _bundles(columns: Tensor, device: torch.device) -> tuple[Bundle, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adallava.errors import ConfigError
 from adallava.hosts.arch import Decoder
+from adallava.hosts.cache import KeptKV
 from adallava.hosts.execution import Bundle, LayerRun, Mode
 from adallava.hosts.heads import (
     add_bias,
@@ -124,28 +125,36 @@ class AdaptiveLayer:
         """Only the heads and neurons that are on, each on the rows that have it on."""
         attention, mlp, decoder = self.self_attn, self.mlp, self.decoder
         bounds = mlp_bounds(self._mlp_out.in_features, state.config.groups)
+        step = x.shape[1] == 1 or state.past_tokens > 0
+        look, feed = (run.attention, run.mlp) if step else (run.prompt_attention, run.prompt_mlp)
+        cache: Any = kw.get("past_key_values")
+        kept: list[KeptKV] = []
 
         def heads(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
             some = _select_rows(kw, bundle.rows, len(x))
-            if (cache := kw.get("past_key_values")) is not None:
-                some = {**some, "past_key_values": cache.bundle(attention.layer_idx, number)}
-            if (attention, number) not in state.parts:
-                state.parts[attention, number] = head_parts(attention, decoder, bundle.spans)
-            return exchanged_forward(attention, state.parts[attention, number], hidden_states=rows, **some)[0]
+            if cache is not None:
+                kept.append(KeptKV(bundle))
+                some["past_key_values"] = cache.bundle(attention.layer_idx, number) if step else kept[-1]
+            key = (attention, step, number)
+            if key not in state.parts:
+                state.parts[key] = head_parts(attention, decoder, bundle.spans)
+            return exchanged_forward(attention, state.parts[key], hidden_states=rows, **some)[0]
 
         def neurons(rows: Tensor, bundle: Bundle, number: int) -> Tensor:
-            key = (mlp, number if bundles is run.mlp else -1 - number)
+            key = (mlp, step, number)
             if key not in state.parts:
                 state.parts[key] = neuron_parts(mlp, decoder, bundle.spans, bounds)
             return exchanged_forward(mlp, state.parts[key], rows)
 
-        bundles = run.mlp if x.shape[1] == 1 else run.prompt_mlp
         attention_out = getattr(attention, decoder.attention_out)
-        return self._around(
+        out = self._around(
             x,
-            lambda h: add_bias(attention_out, sum_bundles(h, run.attention, heads)),
-            lambda h: add_bias(self._mlp_out, sum_bundles(h, bundles, neurons)),
+            lambda h: add_bias(attention_out, sum_bundles(h, look, heads)),
+            lambda h: add_bias(self._mlp_out, sum_bundles(h, feed, neurons)),
         )
+        if kept and not step:
+            cache.keep(attention.layer_idx, run.attention, kept, len(x))
+        return out
 
     def _around(self, x: Tensor, attend: _Branch, feed: _Branch, scale: Tensor | None = None) -> Tensor:
         """The layer around its two branches; ``scale`` [B, 2, 1, 1] multiplies what each of them adds."""
@@ -173,7 +182,7 @@ class AdaptiveLayer:
 def _select_rows(kw: dict[str, Any], rows: Tensor | None, batch: int) -> dict[str, Any]:
     """Keyword arguments of a decoder layer for some rows: everything that has one entry per row is indexed."""
     if rows is None:
-        return kw
+        return dict(kw)
     return {name: _select(value, rows, batch) for name, value in kw.items()}
 
 

@@ -64,7 +64,7 @@ class RequestState:
         self.plan: ExecutionPlan | None = None
         self.runs: tuple[LayerRun, ...] | None = None
         self.rope_deltas: Tensor | None = None  # see ``inputs.rope_positions``
-        self.parts: dict[tuple[nn.Module, int], Parts] = {}  # of partly-on layers' halves and bundles; made once
+        self.parts: dict[tuple[nn.Module, bool, int], Parts] = {}  # by half of a layer, stage and bundle; made once
         self.graphs: DecodeGraphs | None = None  # lent to the request while it decodes
         self.past_tokens = 0  # tokens in the cache before this forward
         if plan is not None and plan.config != self.config:
