@@ -67,6 +67,7 @@ class Engine:
         self._changed, self._preparing = threading.Condition(), threading.Lock()
         self._active: list[_Active] = []
         self._joined: Joined | None = None
+        self._prefilling: list[Job] = []
         self._stopping = self._finishing = False
         self._thread = threading.Thread(target=self._run, name="adallava-engine", daemon=True)
         ends = vlm.model.generation_config.eos_token_id
@@ -135,7 +136,7 @@ class Engine:
             self._check_open()
             if len(self._queue) >= self.limits.queue:
                 raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
-            waiting = [entry[-1] for entry in sorted(self._queue)]
+            waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue))]
             if job.budget is None and job.deadline_ms is None:
                 over = self.governor.wait_ms(job, waiting, len(self._active))
                 if over > 0:
@@ -161,7 +162,9 @@ class Engine:
                     return
                 job, waiting = self._next()
             if job is not None:
+                self._prefilling = [job]
                 self._admit(job, waiting)
+                self._prefilling = []
             self._leave()
             if self._active:
                 self._step()
