@@ -9,6 +9,7 @@ from adallava.cost.work import DECODE, PREFILL
 from adallava.errors import BudgetError, ConfigError
 from adallava.hosts.prompts import Request, to_prompt
 from adallava.hosts.stepping import prepare
+from adallava.serving import governor as module
 from adallava.serving.engine import Engine
 from adallava.serving.governor import Governor
 from adallava.serving.jobs import Job, OverloadedError
@@ -40,10 +41,6 @@ def bound(k):
     return 1.25 * (FIRST + k * EACH)
 
 
-def expected(k):
-    return FIRST + k * EACH
-
-
 def k_of(governor, decision):
     return decision.budget.resolve(governor.config).k
 
@@ -57,14 +54,18 @@ def test_alone_a_request_gets_what_the_objective_allows(vlm):
     assert late.remark.startswith("late: k = 0")
 
 
-def test_those_who_wait_get_their_share(vlm):
+def test_those_who_wait_get_their_share(vlm, monkeypatch):
+    monkeypatch.setattr(module, "_RESERVE", 0.0)
     governor = Governor(vlm, 2.5 * bound(3))
     assert k_of(governor, governor.decide(job(vlm), [job(vlm)], 0)) == 3
-    # The one before it as long as expected, its own at most.
-    governor = Governor(vlm, expected(1) + bound(1) + 5)
+    governor = Governor(vlm, 2 * bound(1) + 5)
     assert k_of(governor, governor.decide(job(vlm), [job(vlm)], 0)) == 1
     assert k_of(governor, governor.decide(job(vlm), [job(vlm, ago_ms=30)], 0)) == 0
     assert k_of(governor, governor.decide(job(vlm, ago_ms=30), [], 0)) == 3
+    # A part of the objective is for those who are about to come.
+    monkeypatch.setattr(module, "_RESERVE", 0.1)
+    governor = Governor(vlm, 2 * bound(3) + 5)
+    assert k_of(governor, governor.decide(job(vlm), [job(vlm)], 0)) < 3
     # Between two prefills everybody who decodes has a step.
     tight = Governor(vlm, bound(2) + 1)
     assert [k_of(tight, tight.decide(job(vlm), [], rows)) for rows in (0, 4)] == [2, 1]
@@ -73,9 +74,10 @@ def test_those_who_wait_get_their_share(vlm):
 def test_a_rate_that_could_not_be_kept_up_gets_less(vlm):
     governor = Governor(vlm, 10_000.0)
     now = time.perf_counter()
-    for number in range(9):  # one each 117 ms; 0.9 of that is between what k = 0 and k = 1 are expected to take
-        governor.arrived(now - (8 - number) * 0.117)
-    assert governor.rate == pytest.approx(1 / 0.117, rel=0.2)
+    each = 1.05 * FIRST / module._MOST_BUSY / 1e3  # of which the busy part is between k = 0 and k = 1
+    for number in range(9):
+        governor.arrived(now - (8 - number) * each)
+    assert governor.rate == pytest.approx(1 / each, rel=0.2)
     assert k_of(governor, governor.decide(job(vlm), [], 0)) == 0
     for _ in range(32):
         governor.arrived(now - 100)
@@ -104,7 +106,7 @@ def test_a_deadline_decides_on_layers_and_tokens(vlm):
 
 
 def test_who_cannot_be_in_time_is_refused(vlm):
-    engine = Engine(vlm, objective_ms=expected(0) + bound(0) + 20)
+    engine = Engine(vlm, objective_ms=2 * bound(0) + 20)
     made = [Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None) for _ in range(3)]
     engine.submit(made[0])
     engine.submit(made[1])

@@ -20,8 +20,10 @@ from adallava.serving.jobs import Job
 
 _ARRIVALS = 32
 """Requests from whose arrivals the rate is measured."""
-_MOST_BUSY = 0.9
+_MOST_BUSY = 0.8
 """Share of the time that the rate may fill: beyond it a queue grows without end, near it for long."""
+_RESERVE = 0.7
+"""Share of the objective that is kept for requests that are about to come, while any wait (docs/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Governor:
         if job.budget is not None:
             return Decision(job.budget, new_tokens)
         k = self._by_load(job, waiting, rows)
-        late = "" if self._in_time([job], k, rows) else "late: "
+        late = "" if self._in_time([job], k, rows, self.objective_ms or 0.0) else "late: "
         remark = f"{late}k = {k} of {self.config.max_k} under this load"
         return Decision(Budget.of_k(self.config, k), new_tokens, remark)
 
@@ -84,7 +86,7 @@ class Governor:
         """How much later than the objective ``job`` would have its first token behind ``waiting``, at least."""
         if self.objective_ms is None or self.forecaster is None:
             return 0.0
-        before = sum(self._first_ms(other, 0, rows)[0] for other in waiting)
+        before = sum(self._first_ms(other, 0, rows)[1] for other in waiting)
         return before + self._first_ms(job, 0, rows)[1] + job.elapsed_ms - self.objective_ms
 
     def check(self, job: Job) -> None:
@@ -119,20 +121,19 @@ class Governor:
     def _by_load(self, job: Job, waiting: Sequence[Job], rows: int) -> int:
         """The largest k at which this job and those behind it are in time, and the present rate can be kept up."""
         assert self.objective_ms is not None, "checked when the job came"
+        # Alone it may take all of the objective. Behind others it leaves a part to those who are about to come.
+        within_ms = self.objective_ms * (1.0 if not waiting else 1 - _RESERVE)
         for k in range(self.config.max_k, 0, -1):
-            if self._in_time([job, *waiting], k, rows) and self._sustained(job, k, rows):
+            if self._in_time([job, *waiting], k, rows, within_ms) and self._sustained(job, k, rows):
                 return k
         return 0
 
-    def _in_time(self, jobs: Sequence[Job], k: int, rows: int) -> bool:
-        assert self.objective_ms is not None
+    def _in_time(self, jobs: Sequence[Job], k: int, rows: int, within_ms: float) -> bool:
         spent = 0.0
         for job in jobs:
-            expected, bound = self._first_ms(job, k, rows)
-            # Of many prefills some are shorter than expected and some longer; its own may be one of the longest.
-            if job.elapsed_ms + spent + bound > self.objective_ms:
+            spent += self._first_ms(job, k, rows)[1]
+            if job.elapsed_ms + spent > within_ms:
                 return False
-            spent += expected
         return True
 
     def _sustained(self, job: Job, k: int, rows: int) -> bool:
