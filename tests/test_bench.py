@@ -2,12 +2,13 @@
 
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from adallava.bench import BenchSettings, speed
+from adallava.bench import BenchSettings, load, scaling, speed
 from adallava.bench.models import random_llava
 from adallava.bench.selection import SELECTIONS, measure
 from adallava.bench.timing import Times, interleaved
@@ -93,6 +94,51 @@ def test_models_share_their_weights():
     assert base.config.text_config.num_hidden_layers == 4 == len(base.model.language_model.layers)
     for name, weight in twin.named_parameters():
         assert weight is base.get_parameter(name)
+
+
+def test_scaling_tells_exponents(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "AXES", {"prompt tokens": (8, 16, 32), "requests": (1, 2)})
+    monkeypatch.setattr(speed, "NEW_TOKENS", 3)
+    out = tmp_path / "rows.json"
+    run = ["bench", "scaling", "--model", "tiny", "--rounds", "1", "--threads", "1"]
+    made = CliRunner().invoke(app, [*run, "--out", str(out), "--figures", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    rows = read_rows(out)
+    points = [row for row in rows if "part" not in row.config]
+    assert len(points) == (3 + 2 + 1) * len(scaling.WAYS)
+    (slope,) = [r for r in rows if r.config == {"axis": "prompt tokens", "way": "plain", "part": "exponents"}]
+    assert slope.metrics["kv_bytes_exponent"] == pytest.approx(1, abs=0.05)  # but for the latency token
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        f"scaling-{axis}.png" for axis in ("prompt-tokens", "requests", "parameters")
+    }
+
+
+def test_exponents():
+    assert scaling.exponent([(1, 100), (2, 100), (4, 40), (8, 160)]) == pytest.approx(2)
+    assert scaling.exponent([(1, 1)]) is None
+
+
+@pytest.mark.parametrize(("name", "file"), [("speed", "speed-mid-cpu-third"), ("load", "load-mini-L-2threads")])
+def test_figures_of_published_rows(name, file, tmp_path):
+    rows = Path(__file__).parents[1] / "benchmarks" / "results" / f"{file}.json"
+    shown = CliRunner().invoke(app, ["bench", name, "--rows", str(rows), "--figures", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.png", f"{name}.svg"]
+    wrong = CliRunner().invoke(app, ["bench", "scaling", "--rows", str(rows)])
+    assert wrong.exit_code == 2 and "has no rows of scaling" in wrong.output
+
+
+def test_load_asks_under_every_policy(monkeypatch):
+    monkeypatch.setattr(load, "LOADS", (0.5, 3.0))
+    monkeypatch.setattr(load, "CALIBRATION_SECONDS", 8.0)
+    rows = load.measure(BenchSettings("mini-L", rounds=1, threads=1))
+    told = {(row.config["load"], row.config["policy"]): row.metrics for row in rows}
+    assert set(told) == {(at, policy) for at in (0.5, 3.0) for policy in load.POLICIES}
+    for (_, policy), metrics in told.items():
+        assert 0 < metrics["answered"] <= 20 and metrics["capacity_per_s"] > 0
+        assert metrics["right_frac"] <= metrics["accuracy"] <= 1
+        assert policy == "governor" or metrics["refused_frac"] == 0
+    assert told[3.0, "fixed 100%"]["mean_budget_frac"] == 1
 
 
 def test_mistakes():

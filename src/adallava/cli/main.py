@@ -224,9 +224,7 @@ def bench(
     ],
     model: Annotated[
         str,
-        typer.Option(
-            help="Random weights in the shape of: tiny, small, mid, large, llava-1.5-7b; for latency also mini-L ..."
-        ),
+        typer.Option(help="Random weights in the shape of mid, llava-1.5-7b, ...; of latency and load also mini-L."),
     ] = "mid",
     rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -234,7 +232,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Draws weights, inputs and order.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New JSON file for the result rows.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Result rows to show instead of measuring.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Folder for figures of speed or scaling.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for figures of speed, scaling or load.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure times on this machine, side by side in one process."""

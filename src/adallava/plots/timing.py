@@ -71,7 +71,7 @@ def scaling(rows: Sequence[ResultRow]) -> dict[str, Figure]:
 def _grown(axes: Any, points: Sequence[ResultRow], exponents: Mapping[str, Mapping[str, Any]], number: str) -> None:
     ways = list(dict.fromkeys(row.config["way"] for row in points))
     for way, style in zip(ways, STYLES, strict=False):
-        chosen = [row for row in points if row.config["way"] == way]
+        chosen = sorted((row for row in points if row.config["way"] == way), key=lambda row: row.config["at"])
         x = [row.config["at"] for row in chosen]
         y = _SCALE.get(number, 1.0) * np.array([row.metrics[number] for row in chosen], dtype=float)
         slope = exponents.get(way, {}).get(f"{number}_exponent")
@@ -87,7 +87,39 @@ def _grown(axes: Any, points: Sequence[ResultRow], exponents: Mapping[str, Mappi
     axes.legend(frameon=False, fontsize=7)
 
 
-FIGURES: dict[str, Callable[[Sequence[ResultRow]], dict[str, Figure]]] = {"speed": speed, "scaling": scaling}
+def load(rows: Sequence[ResultRow]) -> dict[str, Figure]:
+    """A server under load, by policy: who is in time, the slowest, how much of the model ran, right answers."""
+    panels = {
+        "within_frac": ("First token within the objective (% of requests)", PERCENT, False),
+        "first_token_ms_p95": ("First token, 95th percentile (ms)", 1.0, True),
+        "mean_budget_frac": ("Mean budget (%)", PERCENT, False),
+        "right_frac": ("Answered and right (% of requests)", PERCENT, False),
+    }
+    figure = Figure(figsize=(9.2, 6.4), layout="constrained")
+    for axes, (number, (title, scale, logarithmic)) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
+        for policy, style in zip(dict.fromkeys(row.config["policy"] for row in rows), STYLES, strict=False):
+            chosen = [row for row in rows if row.config["policy"] == policy and row.metrics[number] is not None]
+            x, y = ([row.config["load"] for row in chosen], [scale * row.metrics[number] for row in chosen])
+            axes.plot(x, y, markersize=4, linewidth=1.4, label=policy, **style)
+        if logarithmic:
+            axes.axhline(rows[0].metrics["objective_ms"], color="#444444", linewidth=0.8, linestyle=":")
+            axes.text(axes.get_xlim()[1], rows[0].metrics["objective_ms"], " the objective", fontsize=7, va="center")
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.05 * PERCENT)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("Load (times the whole model's capacity)", fontsize=9)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    return {"load": figure}
+
+
+FIGURES: dict[str, Callable[[Sequence[ResultRow]], dict[str, Figure]]] = {
+    "speed": speed,
+    "scaling": scaling,
+    "load": load,
+}
 
 
 def figures_of(rows: Sequence[ResultRow]) -> dict[str, Figure]:
