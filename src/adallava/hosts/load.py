@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from adallava.hosts.model import AdaptiveVLM
 
 SHIPPED = ("mini-base", "mini-L", "mini-H")
+_WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "trust_remote_code")
+"""What of ``from_pretrained``'s options says where a checkpoint is."""
 
 
 def shipped_folder(name: str) -> Path:
@@ -165,14 +167,20 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def _load_base(source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    where = {name: value for name, value in kwargs.items() if name in _WHERE}
     try:
-        AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **where)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"the config.json of {source} cannot be used: {error}") from error
+    asked = {
+        "config": config,  # read once
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "use_safetensors": True,
+    }
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **kwargs
-        )
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **(asked | kwargs))
         processor = AutoProcessor.from_pretrained(source) if has_tokenizer(source) else None
     except ImportError as error:
         # The processors of LLaVA-OneVision, Qwen-VL, SmolVLM and InternVL handle videos with packages of their own.
@@ -196,9 +204,10 @@ def _load_scheduler(source: str, config: AdaptiveConfig, weights: dict[str, Tens
             weights = load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}). Copy or save it again.") from error
-    scheduler = Scheduler(config)
+    with torch.device("meta"):  # no weights are drawn that would be overwritten
+        scheduler = Scheduler(config)
     wanted = scheduler.state_dict()
     both = [(k, tuple(weights[k].shape), tuple(wanted[k].shape)) for k in wanted.keys() & weights.keys()]
     check_keys(path, wanted.keys() - weights.keys(), weights.keys() - wanted.keys(), [b for b in both if b[1] != b[2]])
-    scheduler.load_state_dict(weights)
+    scheduler.load_state_dict({name: weights[name].to(wanted[name].dtype) for name in wanted}, assign=True)
     return scheduler
