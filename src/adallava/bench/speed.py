@@ -197,7 +197,7 @@ class Suite:
             return run
 
         things = {"plain": step(self.base), "L": step(self.vlms["L"]), "H": step(self.vlms["H"])}
-        told = self._rounds(things, few=True)
+        told = self._rounds(things)
         return [self._ratio(f"{v}, training step", told, v, "plain", "step", 1.0, 0.08) for v in ("L", "H")]
 
     def loading(self) -> list[Measure]:
@@ -225,7 +225,7 @@ class Suite:
                 gc.collect()
                 return {"load": taken}
 
-            told = self._rounds({"plain": plain, "ours": ours}, few=True)
+            told = self._rounds({"plain": plain, "ours": ours})
         return [self._ratio("loading", told, "ours", "plain", "load", 1.0, 0.10)]
 
     # -- one thing, once ----------------------------------------------------------------------------------------------
