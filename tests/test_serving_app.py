@@ -1,10 +1,7 @@
 """The server's interface, over real connections: OpenAI's client, streams, errors in its shape, limits, no files."""
 
-import base64
-import contextlib
 import io
 import json
-import socket
 import threading
 import time
 
@@ -12,52 +9,14 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
 from adallava.errors import ImageError
 from adallava.hosts.model import AdaptiveVLM
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.serving import images
-from adallava.serving.app import ServeSettings, create_app
-from adallava.serving.engine import Engine
 from adallava.serving.images import ImagePolicy, read_image
 from adallava.serving.jobs import Limits
-
-PICTURE = to_image(sample_scene("test", 7, 0))
-QUESTION = "How many sevens are there?"
-
-
-def data_url(image=PICTURE, kind="PNG"):
-    out = io.BytesIO()
-    image.save(out, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
-def asked(question=QUESTION, url=None):
-    parts = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url or data_url()}}]
-    return [{"role": "user", "content": parts}]
-
-
-@contextlib.contextmanager
-def running(vlm, limits=None, **settings):
-    """A server on a port of its own; yields its address."""
-    app = create_app(Engine(vlm, limits), ServeSettings("mini-L", **settings))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        for _ in range(1000):
-            if server.started:
-                break
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive(), "the server hangs"
+from served import PICTURE, QUESTION, asked, data_url, post, running
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +28,6 @@ def vlm():
 def url(vlm):
     with running(vlm, Limits(prompt_tokens=200, new_tokens=64)) as address:
         yield address
-
-
-def post(url, **body):
-    return httpx.post(f"{url}/v1/chat/completions", json={"model": "mini-L", **body}, timeout=60)
 
 
 # -- OpenAI's client --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,17 +47,20 @@ _SHORT = tuple(family for family in FAMILIES if family != "description")
 
 
 @dataclass
-class _Asked:
-    """One request, and how it went."""
+class Asked:
+    """One request, and how it went; ``item`` is the question where the right answer is known."""
 
-    item: Item
     prompt: Prompt
+    item: Item | None = None
+    at_s: float | None = None
+    """When it came, in seconds of its run."""
     begun: Begun | None = None
     ended: Ended | None = None
     refused: bool = False
     over: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, event: Event) -> None:
+        """Note an event of its job."""
         if isinstance(event, Begun):
             self.begun = event
         elif isinstance(event, Ended | Failed):
@@ -71,18 +74,17 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     vlm = AdaptiveVLM.from_pretrained(settings.model, device=settings.device)
     profile = calibrate(vlm, settings.model, CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed), save=False)
     count = REQUESTS_PER_ROUND * settings.rounds
-    idle = _run(vlm, _questions(min(count, 40), settings.seed), POLICIES["fixed 100%"], None, lambda _: None, each=True)
-    objective = OBJECTIVE_OVER_IDLE * statistics.median(one.begun.first_token_ms for one in idle if one.begun)
-    capacity = _capacity(vlm, count, settings.seed)
+    objective = OBJECTIVE_OVER_IDLE * idle_ms(vlm, min(count, 40), settings.seed)
+    capacity = capacity_of(vlm, count, settings.seed)
     rows = []
     origin = provenance(device=vlm.device, dtype=next(vlm.model.parameters()).dtype, seed=settings.seed)
     for load in LOADS:
-        arrivals = _arrivals(count, load * capacity, settings.seed)
+        arrivals = poisson(count, load * capacity, settings.seed)
         for name, budget in POLICIES.items():
             vlm.profiles.use(profile)  # a fresh forecaster, which has learned nothing of the load before
-            asked = _questions(count, settings.seed)
+            asked = questions(count, settings.seed)
             began = time.perf_counter()
-            _run(vlm, asked, budget, objective, _pacer(arrivals, began))
+            run(vlm, asked, budget, objective, arrivals)
             seconds = time.perf_counter() - began
             config = {"model": settings.model, "load": load, "policy": name, "requests": count}
             told = {"capacity_per_s": capacity, "objective_ms": objective, **_summary(asked, objective, seconds)}
@@ -90,14 +92,14 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     return rows
 
 
-def _questions(count: int, seed: int) -> list[_Asked]:
+def questions(count: int, seed: int) -> list[Asked]:
     """As many questions of each family, about scenes of their own, in random order."""
     items = [item for family in _SHORT for item in benchmark(family, seed, -(-count // len(_SHORT)))]
     random.Random(seed).shuffle(items)
-    return [_Asked(item, to_prompt(Request(item.question.text, to_image(item.scene)))) for item in items[:count]]
+    return [Asked(to_prompt(Request(item.question.text, to_image(item.scene))), item) for item in items[:count]]
 
 
-def _arrivals(count: int, rate: float, seed: int) -> list[float]:
+def poisson(count: int, rate: float, seed: int) -> list[float]:
     """Seconds at which requests come, as a Poisson process."""
     rng = random.Random(seed)
     at, made = 0.0, []
@@ -107,29 +109,25 @@ def _arrivals(count: int, rate: float, seed: int) -> list[float]:
     return made
 
 
-def _pacer(arrivals: Sequence[float], began: float) -> Callable[[int], None]:
-    def wait(number: int) -> None:
-        left = began + arrivals[number] - time.perf_counter()
-        if left > 0:
-            time.sleep(left)
-
-    return wait
-
-
-def _run(
+def run(
     vlm: AdaptiveVLM,
-    asked: Sequence[_Asked],
+    asked: Sequence[Asked],
     budget: Budget | None,
-    objective: float | None,
-    wait: Callable[[int], None],
+    objective: float | None = None,
+    arrivals: Sequence[float] | None = None,
     *,
     each: bool = False,
-) -> Sequence[_Asked]:
-    """Ask everything, each when ``wait`` returns; each: only when the one before it is done."""
-    limits = Limits(queue=len(asked), timeout_s=_TIMEOUT_S)
+) -> Sequence[Asked]:
+    """Ask everything and wait for the answers.
+
+    arrivals: seconds at which requests come, all at once when None; each: only when the one before is done.
+    """
+    limits, began = Limits(queue=len(asked), timeout_s=_TIMEOUT_S), time.perf_counter()
     with Engine(vlm, limits, objective) as engine:
         for number, one in enumerate(asked):
-            wait(number)
+            if arrivals is not None:
+                time.sleep(max(0.0, began + arrivals[number] - time.perf_counter()))
+            one.at_s = time.perf_counter() - began
             try:
                 engine.submit(Job(one.prompt, Sampling(_TOKENS), one, budget))
             except OverloadedError:
@@ -142,19 +140,25 @@ def _run(
     return asked
 
 
-def _capacity(vlm: AdaptiveVLM, count: int, seed: int) -> float:
+def idle_ms(vlm: AdaptiveVLM, count: int, seed: int) -> float:
+    """Median time to the first token of the whole model when nobody else is there."""
+    asked = run(vlm, questions(count, seed), POLICIES["fixed 100%"], each=True)
+    return statistics.median(one.begun.first_token_ms for one in asked if one.begun)
+
+
+def capacity_of(vlm: AdaptiveVLM, count: int, seed: int) -> float:
     """Requests a second that the whole model answers when there is always one more."""
-    asked = _questions(count, seed + 1)
+    asked = questions(count, seed + 1)
     began = time.perf_counter()
-    _run(vlm, asked, POLICIES["fixed 100%"], None, lambda _: None)
+    run(vlm, asked, POLICIES["fixed 100%"])
     return count / (time.perf_counter() - began)
 
 
-def _summary(asked: Sequence[_Asked], objective: float, seconds: float) -> dict[str, object]:
+def _summary(asked: Sequence[Asked], objective: float, seconds: float) -> dict[str, object]:
     answered = [one for one in asked if one.begun is not None and one.ended is not None]
     first = np.array([one.begun.first_token_ms for one in answered if one.begun])
     within = [one for one in answered if one.begun and one.begun.first_token_ms <= objective]
-    right = [score(one.item.question, one.ended.text) for one in answered if one.ended]
+    right = [score(one.item.question, one.ended.text) for one in answered if one.ended and one.item]
     accepted = [one for one in asked if not one.refused]
     told: dict[str, object] = {
         "refused_frac": 1 - len(accepted) / len(asked),

@@ -73,6 +73,16 @@ class _Run:
     total_ms: list[list[float]] = field(default_factory=list)
 
 
+def demo_or_page(options: DemoOptions, web: bool, port: int | None) -> None:
+    """Run the demo here, or as a page."""
+    if not web:
+        demo(options)
+        return
+    from adallava.cli.web import web as page
+
+    page(options, port)
+
+
 def demo(options: DemoOptions) -> None:
     """Run the demo: tables on stdout, a report in ``options.out``."""
     console, progress = Console(highlight=False), Console(stderr=True)

@@ -87,13 +87,15 @@ def demo(
     model: Annotated[
         list[str] | None, typer.Option(help="Models to show instead of mini-base, mini-L and mini-H.")
     ] = None,
+    web: Annotated[bool, typer.Option("--web", help="Show a page in the browser instead: move the budget.")] = False,
+    port: Annotated[int | None, typer.Option(help="Of the page.", show_default="a free one from 7860 on")] = None,
 ) -> None:
     """Ask about a picture at several budgets: answers, plans, FLOPs and times, here and as an HTML report."""
-    from adallava.cli.demo import DemoOptions
-    from adallava.cli.demo import demo as command
+    from adallava.cli.demo import DemoOptions, demo_or_page
 
-    models = tuple(model or ("mini-base", "mini-L", "mini-H"))
-    command(DemoOptions(out, seed, image, tuple(question or ()), budgets, models))
+    models = tuple(model or (("mini-L", "mini-H") if web else ("mini-base", "mini-L", "mini-H")))
+    options = DemoOptions(out, seed, image, tuple(question or ()), budgets, models)
+    demo_or_page(options, web, port)
 
 
 @app.command()
@@ -353,8 +355,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder that describes further tasks of lmms-eval (its include_path).")
     ] = None,
     image: Annotated[
-        Path | None,
-        typer.Option(help="Picture of table-c and fig-e to -g, with --question.", show_default="a scene"),
+        Path | None, typer.Option(help="Picture of table-c and fig-e to -g; see --question.", show_default="a scene")
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="What to ask about --image; several to compare where it looks.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +42,9 @@ def serve(
     token_selection: Annotated[str | None, typer.Option(help="none, prumerge or prumerge+.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
-    ray: Annotated[int | None, typer.Option("--ray", help="Run so many replicas under Ray Serve.")] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Replicas under Ray Serve: 2, or 1:4 for as many as the load asks for.")
+    ] = None,
 ) -> None:
     """Serve a model to OpenAI's clients. A key that requests must have is read from $ADALLAVA_API_KEY."""
     _check_installed()
@@ -65,10 +68,11 @@ def serve(
     }
     say = Console(stderr=True, highlight=False, soft_wrap=True).print
     if ray is not None:
-        from adallava.serving.replicas import run_replicas
+        from adallava.serving.replicas import Replicas, run_replicas
 
+        replicas = Replicas.parse(ray)
         say(f"serving {model} from {ray} replicas on http://{host}:{port}; stop with Ctrl-C")
-        run_replicas(made, ray, host, port)
+        run_replicas(made, replicas, host, port)
         return
     import uvicorn
 
@@ -76,6 +80,8 @@ def serve(
 
     app = application(**made)
     say(f"serving {model} on http://{host}:{port}, described at /docs; stop with Ctrl-C")
+    # Once it has stopped in good order uvicorn raises the signal again, which would end the process by it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
 
 

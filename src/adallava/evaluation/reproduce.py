@@ -13,13 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from adallava.budget import Budget
 from adallava.config import AdaptiveConfig
-from adallava.errors import ConfigError
 from adallava.evaluation import lmms_tasks
 from adallava.evaluation.plans import PlanCounts
 from adallava.evaluation.preflight import preflight
@@ -227,24 +225,13 @@ def attention_rows(
     overlays, layers = [], []
     for number, question in enumerate(questions):
         seen = look(vlm, picture, question, budget=budget, do_sample=False)
-        grids = {layer: _grid(row) for layer, row in seen.on_image.items()}
+        grids = seen.grids()
         config = {"model": model, "budget": budget, "question": question, "answer": seen.answer.text}
         origin = provenance(device=vlm.device)
-        mean = np.mean(list(grids.values()), axis=0)
-        overlays.append(ResultRow("attention", {"image": mean.tolist()}, config, origin))
+        overlays.append(ResultRow("attention", {"image": seen.on_picture().tolist()}, config, origin))
         if number == 0:
             layers = [
                 ResultRow("attention", {"image": grid.tolist()}, {**config, "layer": layer}, origin)
                 for layer, grid in grids.items()
             ]
     return overlays, layers
-
-
-def _grid(row: torch.Tensor) -> np.ndarray:
-    side = round(len(row) ** 0.5)
-    if side * side != len(row):
-        raise ConfigError(
-            f"the picture has {len(row)} visual tokens, which make no square. Attention is drawn for hosts that see "
-            "one square picture, such as LLaVA-1.5."
-        )
-    return row.float().reshape(side, side).numpy()

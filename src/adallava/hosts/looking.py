@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -44,6 +45,14 @@ class Look:
         """Layer -> attention over the image's tokens alone, [N], summing to the share that falls on the image."""
         return {layer: row[self.image] for layer, row in self.attention.items()}
 
+    def grids(self) -> dict[int, np.ndarray]:
+        """Layer -> attention over the picture, [side, side]; ``ConfigError`` where its tokens make no square."""
+        return {layer: _square(row) for layer, row in self.on_image.items()}
+
+    def on_picture(self) -> np.ndarray:
+        """Attention over the picture, [side, side], averaged over the layers that ran."""
+        return np.asarray(np.mean(list(self.grids().values()), axis=0))
+
 
 def look(vlm: AdaptiveVLM, image: ImageSource, question: str, *, budget: object = "100%", **kwargs: Any) -> Look:
     """Answer one question about one image, and record what its last prompt token looks at.
@@ -67,6 +76,16 @@ def look(vlm: AdaptiveVLM, image: ImageSource, question: str, *, budget: object 
     is_image = (ids[0] == vlm.model.config.image_token_id).cpu()
     # The slot of the latency token comes last, and is not yet in the ids that generate() passes.
     return Look(answer, attention, torch.nn.functional.pad(is_image, (0, length - len(is_image))))
+
+
+def _square(row: Tensor) -> np.ndarray:
+    side = round(len(row) ** 0.5)
+    if side * side != len(row):
+        raise ConfigError(
+            f"the picture has {len(row)} visual tokens, which make no square. Attention is drawn for hosts that see "
+            "one square picture, such as LLaVA-1.5."
+        )
+    return row.float().reshape(side, side).numpy()
 
 
 @contextlib.contextmanager

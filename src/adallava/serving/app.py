@@ -109,7 +109,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     )
     app.add_middleware(_BodyLimit, most=settings.max_body_bytes)
     metrics = Metrics(engine)
-    app.state.metrics = metrics
+    app.state.engine = engine
     _handle_errors(app)
     card = ModelCard(id=settings.name, created=now(), budgets=[str(b) for b in engine.vlm.reachable_budgets()])
 
