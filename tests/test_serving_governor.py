@@ -123,3 +123,12 @@ def test_objectives_that_cannot_be(vlm, tmp_path, monkeypatch):
 
     with pytest.raises(ProfileError, match="calibrate"):
         Governor(tiny_vlm(), 100.0)
+
+
+def test_who_comes_to_an_idle_server_is_taken_whatever_is_expected(vlm):
+    """Else a governor that has seen a slow moment would refuse everybody, and never see that it is over."""
+    engine = Engine(vlm, objective_ms=1.0)
+    made = [Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None) for _ in range(2)]
+    engine.submit(made[0])
+    with pytest.raises(OverloadedError, match="after the objective"):
+        engine.submit(made[1])

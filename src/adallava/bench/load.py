@@ -117,16 +117,21 @@ def run(
     arrivals: Sequence[float] | None = None,
     *,
     each: bool = False,
+    over: threading.Event | None = None,
 ) -> Sequence[Asked]:
     """Ask everything and wait for the answers.
 
-    arrivals: seconds at which requests come, all at once when None; each: only when the one before is done.
+    arrivals: seconds at which requests come, all at once when None; each: only when the one before is done; over: when
+    set, nothing more is asked and nothing waited for.
     """
+    over = over or threading.Event()
     limits, began = Limits(queue=len(asked), timeout_s=_TIMEOUT_S), time.perf_counter()
     with Engine(vlm, limits, objective) as engine:
         for number, one in enumerate(asked):
             if arrivals is not None:
-                time.sleep(max(0.0, began + arrivals[number] - time.perf_counter()))
+                over.wait(max(0.0, began + arrivals[number] - time.perf_counter()))
+            if over.is_set():
+                return asked
             one.at_s = time.perf_counter() - began
             try:
                 engine.submit(Job(one.prompt, Sampling(_TOKENS), one, budget))

@@ -137,7 +137,9 @@ class Engine:
             if len(self._queue) >= self.limits.queue:
                 raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
             waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue))]
-            if job.budget is None and job.deadline_ms is None:
+            # Who comes when nobody else is here is taken, whatever is expected: a governor that refused everybody after
+            # a slow moment would never learn that it is over.
+            if job.budget is None and job.deadline_ms is None and (waiting or self._active):
                 over = self.governor.wait_ms(job, waiting, len(self._active))
                 if over > 0:
                     raise OverloadedError(

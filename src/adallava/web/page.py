@@ -15,8 +15,8 @@ from adallava.budget import Budget
 from adallava.errors import AdaLlavaError
 from adallava.mini.questions import rich_scene
 from adallava.mini.scenes import to_image
-from adallava.web.studio import CALIBRATION_SECONDS, Foreseen, Strain, Studio
-from adallava.web.views import STYLE, answer_html, error_html, facts_html, overlay, plan_html, strain_figure
+from adallava.web.studio import CALIBRATION_SECONDS, Strain, Studio
+from adallava.web.views import STYLE, answer_html, error_html, facts_html, note_html, overlay, plan_html, strains_html
 
 SHARE, TIME = "% of the model", "ms to the first token"
 _FONTS = ["system-ui", "sans-serif"]
@@ -67,7 +67,7 @@ def build(studio: Studio, image: Image.Image | None = None, asked: tuple[str, ..
             with gr.Row():
                 times = gr.Slider(*_LOADS, value=1.4, step=0.1, label="Load, times the capacity", scale=3)
                 push = gr.Button("Put it under load", elem_id="push", scale=1)
-            strain = gr.Plot(show_label=False, elem_id="strain")
+            strain = gr.HTML(elem_id="strain")
             state = gr.HTML(elem_id="state")
 
         budget = [unit, share, time_ms]
@@ -115,12 +115,14 @@ def _foresee(studio: Studio) -> Callable[..., tuple[str, str, str, Image.Image |
         name: str, picture: Image.Image | None, question: str | None, unit: str, share: float, time_ms: float
     ) -> tuple[str, str, str, Image.Image | None]:
         if picture is None or not question:
-            return error_html(ValueError("Give a picture and a question.")), "", facts_html(None), None
+            return note_html("Give a picture and a question."), "", facts_html(None), None
+        if unit == TIME and not studio.calibrated(name):
+            return note_html("Times can be asked for once this machine is measured."), "", facts_html(None), None
         try:
             foreseen = studio.foresee(name, picture, question, _budget(unit, share, time_ms))
         except AdaLlavaError as error:
             return error_html(error), "", facts_html(None), None
-        return "", plan_html(foreseen), facts_html(foreseen), overlay(picture, foreseen.attention)
+        return "", plan_html(foreseen.plan), facts_html(foreseen.cost), overlay(picture, foreseen.attention)
 
     return foresee
 
@@ -130,18 +132,21 @@ def _ask(studio: Studio) -> Callable[..., Iterator[tuple[str, Any, str]]]:
         name: str, picture: Image.Image | None, question: str | None, unit: str, share: float, time_ms: float
     ) -> Iterator[tuple[str, Any, str]]:
         if picture is None or not question:
-            yield error_html(ValueError("Give a picture and a question.")), gr.skip(), facts_html(None)
+            yield note_html("Give a picture and a question."), gr.skip(), facts_html(None)
             return
+        budget = _budget(unit, share, time_ms)
         try:
-            for told in studio.answer(name, picture, question, _budget(unit, share, time_ms)):
+            for told in studio.answer(name, picture, question, budget):
                 if told.begun is not None:
-                    drawn = plan_html(Foreseen(told.begun.plan, told.begun.budget, told.begun.cost, None))
-                    yield answer_html(told), drawn, facts_html(None, told)
-            whole = studio.whole(name, picture, question)
+                    yield answer_html(told), plan_html(told.begun.plan), facts_html(told.begun.cost)
+            assert told.begun is not None, "an answer has begun"
+            yield (
+                answer_html(told),
+                gr.skip(),
+                facts_html(told.begun.cost, *studio.compare(name, picture, question, budget)),
+            )
         except AdaLlavaError as error:
             yield error_html(error), gr.skip(), facts_html(None)
-            return
-        yield answer_html(told), gr.skip(), facts_html(None, told, whole)
 
     return ask
 
@@ -160,10 +165,10 @@ def _units(studio: Studio) -> Callable[..., tuple[Any, Any, Any]]:
         if found is None:
             return shares, gr.Slider(visible=False), gr.Button(visible=True)
         low, high = found
-        inside = min(max(time_ms, low), high)
+        inside = time_ms if low < time_ms < high else (low + high) / 2
         return (
             shares,
-            gr.Slider(minimum=round(0.9 * low, 1), maximum=round(1.1 * high, 1), value=round(inside, 1), visible=True),
+            gr.Slider(minimum=round(0.5 * low, 1), maximum=round(1.5 * high, 1), value=round(inside, 1), visible=True),
             gr.Button(visible=False),
         )
 
@@ -191,13 +196,16 @@ def _measure(studio: Studio) -> Callable[..., tuple[Any, Any, Any]]:
 def _push(studio: Studio) -> Callable[..., Iterator[tuple[Any, str]]]:
     def push(name: str, times: float) -> Iterator[tuple[Any, str]]:
         ended: list[Strain] = []
-        yield gr.skip(), '<p class="soft">measuring what the whole model sustains here …</p>'
+        yield gr.skip(), note_html("measuring what the whole model sustains here ...")
         try:
             for policy, budget in (("governor", None), ("all of the model", Budget.parse("100%"))):
                 current: Strain | None = None
                 for current in studio.strain(name, times, _SECONDS, policy, budget):
-                    about = f"{current.rate:.0f} requests a second, objective {current.objective_ms:.0f} ms"
-                    yield strain_figure([*ended, current]), f'<p class="soft">{about}</p>'
+                    about = (
+                        f"{current.rate:.0f} requests a second. Each dot is a first token: the darker, the more of the "
+                        "model it got; dashed: the objective; a cross: refused."
+                    )
+                    yield strains_html([*ended, current]), note_html(about)
                 assert current is not None, "a run tells of itself at least once"
                 ended.append(current)
         except AdaLlavaError as error:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -33,8 +34,8 @@ from adallava.serving.speech import Sampling
 LONGEST = 64
 """Tokens of an answer."""
 CALIBRATION_SECONDS = 15.0
-WHOLE = Budget.parse("100%")
 _EVERY_S = 0.5
+_COMPARE_S, _MOST_ROUNDS = 2.0, 7
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,35 @@ class Told:
     text: str
     begun: Begun | None = None
     ended: Ended | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of a request's repetitions: medians, in ms."""
+
+    repetitions: int
+    first_ms: float
+    before_ms: float
+    """Of the first token's time, what went before the model: tokenizing, and the picture made ready."""
+    whole_ms: float
+    each_ms: float | None
+    """Of a token after the first; None where there was none."""
+    foretold_ms: float | None
+
+    @classmethod
+    def of(cls, told: Sequence[Told]) -> Times:
+        """The medians of whole answers."""
+        done = [(one.begun, one.ended) for one in told if one.begun is not None and one.ended is not None]
+        each = [(e.total_ms - b.first_token_ms) / (e.new_tokens - 1) for b, e in done if e.new_tokens > 1]
+        foretold = [b.predicted_ms for b, _ in done if b.predicted_ms is not None]
+        return cls(
+            len(done),
+            median(b.first_token_ms for b, _ in done),
+            median(b.queue_ms for b, _ in done),
+            median(e.total_ms for _, e in done),
+            median(each) if each else None,
+            median(foretold) if foretold else None,
+        )
 
 
 @dataclass
@@ -152,9 +182,17 @@ class Studio:
                         raise error
                 yield told
 
-    def whole(self, name: str, image: Image.Image, question: str) -> Told:
-        """The same at the whole model, to hold it against."""
-        return list(self.answer(name, image, question, str(WHOLE)))[-1]
+    def compare(self, name: str, image: Image.Image, question: str, budget: str) -> tuple[Times, Times]:
+        """Median times of a budget and of the whole model, measured in turns for as long as a reader waits."""
+        budgets, runs = (budget, "100%"), (list[Told](), list[Told]())
+        until = time.perf_counter() + _COMPARE_S
+        for number in range(1 + _MOST_ROUNDS):
+            for wanted, told in zip(budgets, runs, strict=True):
+                told.append(list(self.answer(name, image, question, wanted))[-1])
+            if number and time.perf_counter() > until:
+                break
+        ours, theirs = (Times.of(told[1:]) for told in runs)  # the first of each warmed up
+        return ours, theirs
 
     # -- load ---------------------------------------------------------------------------------------------------------
 
@@ -173,15 +211,18 @@ class Studio:
         capacity, objective = self.sustained(name)
         rate = times * capacity
         asked = questions(max(1, round(rate * seconds)), seed=1)
-        strain, failed = Strain(policy, objective, rate, asked), list[Exception]()
+        strain, failed, over = Strain(policy, objective, rate, asked), list[Exception](), threading.Event()
 
         def go() -> None:
             try:
-                run(self.models[name], asked, budget, objective, poisson(len(asked), rate, seed=1))
+                run(self.models[name], asked, budget, objective, poisson(len(asked), rate, seed=1), over=over)
             except AdaLlavaError as error:
                 failed.append(error)
 
         with self._alone():
+            vlm = self.models[name]
+            # A fresh forecaster, which has learned nothing of the run before.
+            vlm.profiles.use(vlm.profiles.get(vlm, vlm.token_selection, "in ms").profile)
             thread = threading.Thread(target=go, daemon=True)
             thread.start()
             try:
@@ -189,6 +230,7 @@ class Studio:
                     yield strain
                     time.sleep(_EVERY_S)
             finally:  # also when nobody looks any more: the model is not free before
+                over.set()
                 thread.join()
         if failed:
             raise failed[0]

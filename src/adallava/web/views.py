@@ -7,33 +7,43 @@ from html import escape
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
+from adallava.cost import Cost
+from adallava.plan import ExecutionPlan
 from adallava.plots.drawing import PlanDrawing
 from adallava.plots.units import flops_text, ms_text, share_text
-from adallava.web.studio import Foreseen, Strain, Told
+from adallava.web.studio import Strain, Times, Told
 
 PICTURE = 288
 """Pixels of a side."""
 STYLE = """
 .plan { height: 34px; width: auto; max-width: 100%; display: block; margin: 4px 0 6px; }
 .plan .prefix { fill: #a9b4c4; } .plan .on { fill: #2563eb; } .plan .off { fill: none; stroke: #b6c0cf; }
-.facts { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-.facts th, .facts td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #8884; font-weight: 400; }
+.strains { display: flex; flex-wrap: wrap; gap: 12px; }
+.strains figure { flex: 1 1 340px; margin: 0; }
+.strains text { font-size: 11px; fill: currentColor; opacity: .8; }
+.strains .end { text-anchor: end; }
+.strains .axis { stroke: #8888; fill: none; } .strains .objective { stroke: currentColor; stroke-dasharray: 5 4; }
+.facts { border: 0 !important; border-collapse: collapse; width: 100%; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
+.facts th, .facts td { text-align: right; padding: 3px 8px; font-weight: 400;
+  border: 0 !important; border-bottom: 1px solid #8884 !important; }
 .facts th:first-child, .facts td:first-child { text-align: left; }
 .facts thead th { opacity: .7; }
 .said { font-size: 20px; min-height: 1.6em; font-weight: 600; margin: 0 0 2px; }
+#picture img { width: 100%; object-fit: contain; image-rendering: pixelated; }
 .soft { opacity: .75; font-size: 13px; margin: 0; }
 .wrong { color: #c2410c; font-weight: 600; }
 footer { display: none !important; }
 """
 _NOTHING = "-"
+_WIDE, _HIGH = 480, 200
 
 
-def plan_html(foreseen: Foreseen) -> str:
+def plan_html(plan: ExecutionPlan) -> str:
     """The plan as a row of switches, and what it is."""
-    drawing = PlanDrawing.of(foreseen.plan)
+    drawing = PlanDrawing.of(plan)
     each = "layer" if drawing.per_layer == 1 else f"group of heads and neurons, {drawing.per_layer} to a layer"
     told = f"{drawing.count} on; grey always runs, blue was chosen for this picture and question; a switch is a {each}."
     return f'<div>{drawing.svg()}<p class="soft">{escape(told)}</p></div>'
@@ -47,27 +57,36 @@ def answer_html(told: Told) -> str:
     return f'<p class="said">{escape(told.text)}{more}</p>{below}'
 
 
+def note_html(text: str) -> str:
+    """A remark."""
+    return f'<p class="soft">{escape(text)}</p>'
+
+
 def error_html(error: Exception) -> str:
     """What is wrong."""
     return f'<p class="wrong">{escape(str(error))}</p>'
 
 
-def facts_html(foreseen: Foreseen | None, told: Told | None = None, whole: Told | None = None) -> str:
-    """FLOPs and times of this budget beside the whole model's; what is not measured yet is a dash."""
-    cost = told.begun.cost if told is not None and told.begun is not None else foreseen.cost if foreseen else None
+def facts_html(cost: Cost | None, ours: Times | None = None, theirs: Times | None = None) -> str:
+    """FLOPs and times of this budget beside the whole model's; what is not known yet is a dash."""
+    here, whole = (_NOTHING, _NOTHING), (_NOTHING, _NOTHING)
+    if cost is not None:
+        here = flops_text(cost.prefill_flops), share_text(cost.frac)
+        whole = flops_text(cost.prefill_flops / cost.frac), share_text(1.0)
     rows = [
-        ("prefill", *(flops_text(cost.prefill_flops), flops_text(cost.prefill_flops / cost.frac)))
-        if cost is not None
-        else ("prefill", _NOTHING, _NOTHING),
-        ("share of the base model", share_text(cost.frac) if cost is not None else _NOTHING, share_text(1.0)),
-        ("first token, measured", _first(told), _first(whole)),
-        ("first token, foretold", _foretold(foreseen, told), _foretold(None, whole)),
-        ("whole answer", _total(told), _total(whole)),
-        ("each token after the first", _each(told), _each(whole)),
+        ("prefill", here[0], whole[0]),
+        ("share of the whole model", here[1], whole[1]),
+        ("first token, foretold", *(_ms(times, "foretold_ms") for times in (ours, theirs))),
+        ("first token, measured", *(_ms(times, "first_ms") for times in (ours, theirs))),
+        ("of that, reading text and picture", *(_ms(times, "before_ms") for times in (ours, theirs))),
+        ("each token after it", *(_ms(times, "each_ms") for times in (ours, theirs))),
+        ("whole answer", *(_ms(times, "whole_ms") for times in (ours, theirs))),
     ]
-    body = "".join(f"<tr><td>{name}</td><td>{ours}</td><td>{theirs}</td></tr>" for name, ours, theirs in rows)
+    body = "".join(f"<tr><td>{name}</td><td>{one}</td><td>{other}</td></tr>" for name, one, other in rows)
     head = "<tr><th></th><th>this budget</th><th>whole model</th></tr>"
-    return f'<table class="facts"><thead>{head}</thead><tbody>{body}</tbody></table>'
+    told = "" if ours is None else f"times: medians of {ours.repetitions}, measured in turns after a warm-up"
+    table = f'<table class="facts"><thead>{head}</thead><tbody>{body}</tbody></table>'
+    return f'{table}<p class="soft">{told}</p>'
 
 
 def overlay(picture: Image.Image, attention: np.ndarray | None) -> Image.Image:
@@ -83,28 +102,43 @@ def overlay(picture: Image.Image, attention: np.ndarray | None) -> Image.Image:
     return Image.fromarray((255 * (0.4 * grey + 0.6 * colours)).astype(np.uint8))
 
 
-def strain_figure(strains: Sequence[Strain]) -> Figure:
-    """First tokens of the requests of each run over time, by how much of the model they got; refused ones on top."""
-    figure = Figure(figsize=(9.0, 3.4), layout="constrained")
-    every = np.atleast_1d(figure.subplots(1, max(1, len(strains)), sharey=True))
-    highest = max([2.0 * strain.objective_ms for strain in strains] + [_slowest(strain) for strain in strains])
-    for axes, strain in zip(every, strains, strict=False):
-        done = [(one.at_s, one.begun) for one in strain.asked if one.begun is not None]
-        x = [at for at, _ in done]
-        y = [begun.first_token_ms for _, begun in done]
-        shares = [100 * begun.plan.fraction[0] for _, begun in done]
-        shown = axes.scatter(x, y, c=shares, cmap="viridis", vmin=50, vmax=100, s=16)
-        refused = [one.at_s for one in strain.asked if one.refused]
-        axes.plot(refused, [highest] * len(refused), "x", color="#c2410c", markersize=5)
-        axes.axhline(strain.objective_ms, color="#444444", linewidth=0.9, linestyle="--")
-        axes.set_ylim(0, 1.06 * highest)
-        axes.set_title(f"{strain.policy}: {in_time(strain)}", fontsize=10)
-        axes.set_xlabel("Arrival (s)", fontsize=9)
-        axes.grid(color="#dddddd", linewidth=0.5)
-    every[0].set_ylabel("First token (ms); dashed: the objective", fontsize=9)
-    bar = figure.colorbar(shown, ax=list(every))
-    bar.set_label("Budget given (%)", fontsize=9)
-    return figure
+def strains_html(strains: Sequence[Strain]) -> str:
+    """First tokens of the requests of each run over time, by how much of the model they got; refused ones on top.
+
+    Drawn by hand: a plotting library, called beside a server in the same process, would be its heaviest load.
+    """
+    highest = max(2.0 * strain.objective_ms for strain in strains)
+    highest = max([highest, *(_slowest(strain) for strain in strains)])
+    return f'<div class="strains">{"".join(_strain(strain, highest) for strain in strains)}</div>'
+
+
+def _strain(strain: Strain, highest: float) -> str:
+    last = max((one.at_s for one in strain.asked if one.at_s is not None), default=0.0)
+    across = _WIDE / max(last, 1.0)
+
+    def place(at: float, ms: float) -> tuple[float, float]:
+        return round(at * across, 1), round(_HIGH * (1 - ms / highest), 1)
+
+    marks = []
+    for one in strain.asked:
+        if one.at_s is None:
+            continue
+        if one.begun is not None:
+            x, y = place(one.at_s, one.begun.first_token_ms)
+            light = 20 + round(100 * (one.begun.plan.fraction[0] - 0.5))
+            marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="hsl(217 83% {100 - light}%)"/>')
+        elif one.refused:
+            x, _ = place(one.at_s, highest)
+            marks.append(f'<path d="M{x - 3} 0l6 6m0 -6l-6 6" stroke="#c2410c" fill="none"/>')
+    _, line = place(0, strain.objective_ms)
+    return (
+        f"<figure><figcaption><b>{escape(strain.policy)}</b>: {in_time(strain)}</figcaption>"
+        f'<svg viewBox="-60 -8 {_WIDE + 70} {_HIGH + 34}">'
+        f'<path d="M0 0V{_HIGH}H{_WIDE}" class="axis"/><path d="M0 {line}H{_WIDE}" class="objective"/>'
+        f'<text x="-6" y="8" class="end">{ms_text(highest)}</text>'
+        f'<text x="-6" y="{line + 4}" class="end">{ms_text(strain.objective_ms)}</text>'
+        f'<text x="{_WIDE}" y="{_HIGH + 18}" class="end">arrival, {last:.0f} s</text>{"".join(marks)}</svg></figure>'
+    )
 
 
 def in_time(strain: Strain) -> str:
@@ -119,23 +153,6 @@ def _slowest(strain: Strain) -> float:
     return max((one.begun.first_token_ms for one in strain.asked if one.begun is not None), default=0.0)
 
 
-def _first(told: Told | None) -> str:
-    return _NOTHING if told is None or told.begun is None else ms_text(told.begun.first_token_ms)
-
-
-def _foretold(foreseen: Foreseen | None, told: Told | None) -> str:
-    if told is not None and told.begun is not None and told.begun.predicted_ms is not None:
-        return ms_text(told.begun.predicted_ms)
-    if foreseen is not None and foreseen.budget.forecast is not None:
-        return ms_text(foreseen.budget.forecast.ms)
-    return _NOTHING
-
-
-def _total(told: Told | None) -> str:
-    return _NOTHING if told is None or told.ended is None else ms_text(told.ended.total_ms)
-
-
-def _each(told: Told | None) -> str:
-    if told is None or told.begun is None or told.ended is None or told.ended.new_tokens < 2:
-        return _NOTHING
-    return ms_text((told.ended.total_ms - told.begun.first_token_ms) / (told.ended.new_tokens - 1))
+def _ms(times: Times | None, name: str) -> str:
+    value = None if times is None else getattr(times, name)
+    return _NOTHING if value is None else ms_text(value)
