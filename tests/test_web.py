@@ -126,7 +126,7 @@ def test_the_page_in_a_browser(studio, quick, monkeypatch):
 
         tab.click("text=ms to the first token")
         tab.wait_for_selector("#measure", state="visible")
-        assert "once this machine is measured" in tab.inner_text("#said")
+        tab.wait_for_function("document.querySelector('#said').innerText.includes('once this machine is measured')")
         tab.click("#measure")
         tab.wait_for_selector("#time", state="visible")
 
