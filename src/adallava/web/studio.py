@@ -165,22 +165,36 @@ class Studio:
 
     def answer(self, name: str, image: Image.Image, question: str, budget: str) -> Iterator[Told]:
         """The answer, piece by piece, the last with all times."""
-        vlm, events = self.models[name], queue.Queue[Event]()
+        events, over = queue.Queue[Event](), threading.Event()
+
+        def hear(event: Event) -> None:
+            events.put(event)
+            if isinstance(event, Ended | Failed):
+                over.set()
+
+        def go() -> None:
+            job = Job(to_prompt(Request(question, image)), Sampling(LONGEST), hear, Budget.parse(budget))
+            try:
+                with self._alone(), Engine(self.models[name]) as engine:
+                    engine.submit(job)
+                    over.wait()
+            except AdaLlavaError as error:
+                hear(Failed(error))
+
+        # On a thread, here and in ``strain``: a page that is closed leaves its generators where they are, for good.
+        threading.Thread(target=go, daemon=True).start()
         told = Told("")
-        with self._alone(), Engine(vlm) as engine:
-            job = Job(to_prompt(Request(question, image)), Sampling(LONGEST), events.put, Budget.parse(budget))
-            engine.submit(job)
-            while told.ended is None:
-                match events.get():
-                    case Begun() as begun:
-                        told = replace(told, begun=begun)
-                    case Said(text):
-                        told = replace(told, text=told.text + text)
-                    case Ended() as ended:
-                        told = replace(told, text=ended.text, ended=ended)
-                    case Failed(error):
-                        raise error
-                yield told
+        while told.ended is None:
+            match events.get():
+                case Begun() as begun:
+                    told = replace(told, begun=begun)
+                case Said(text):
+                    told = replace(told, text=told.text + text)
+                case Ended() as ended:
+                    told = replace(told, text=ended.text, ended=ended)
+                case Failed(error):
+                    raise error
+            yield told
 
     def compare(self, name: str, image: Image.Image, question: str, budget: str) -> tuple[Times, Times]:
         """Median times of a budget and of the whole model, measured in turns for as long as a reader waits."""
@@ -215,23 +229,22 @@ class Studio:
 
         def go() -> None:
             try:
-                run(self.models[name], asked, budget, objective, poisson(len(asked), rate, seed=1), over=over)
+                with self._alone():
+                    vlm = self.models[name]
+                    # A fresh forecaster, which has learned nothing of the run before.
+                    vlm.profiles.use(vlm.profiles.get(vlm, vlm.token_selection, "in ms").profile)
+                    run(vlm, asked, budget, objective, poisson(len(asked), rate, seed=1), over=over)
             except AdaLlavaError as error:
                 failed.append(error)
 
-        with self._alone():
-            vlm = self.models[name]
-            # A fresh forecaster, which has learned nothing of the run before.
-            vlm.profiles.use(vlm.profiles.get(vlm, vlm.token_selection, "in ms").profile)
-            thread = threading.Thread(target=go, daemon=True)
-            thread.start()
-            try:
-                while thread.is_alive():
-                    yield strain
-                    time.sleep(_EVERY_S)
-            finally:  # also when nobody looks any more: the model is not free before
-                over.set()
-                thread.join()
+        thread = threading.Thread(target=go, daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                yield strain
+                time.sleep(_EVERY_S)
+        finally:
+            over.set()
         if failed:
             raise failed[0]
         yield strain
