@@ -26,7 +26,7 @@ test: $(STAMP)  ## run the tests that need no GPU
 # lmms-eval brings a torchvision, which only works beside the very torch that it was built for and is not needed.
 $(EVAL)/.installed: pyproject.toml constraints.txt
 	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
-	$(EVAL)/bin/pip install -c constraints.txt -e '.[eval]' pytest
+	$(EVAL)/bin/pip install -c constraints.txt -e '.[eval,serve]' pytest
 	$(EVAL)/bin/pip uninstall -y torchvision
 	touch $@
 
