@@ -120,12 +120,22 @@ def exchanged_forward(module: nn.Module, parts: dict[str, Any], *args: Any, **kw
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
     linear = getattr(module, name)
+    kind = f"a {type(linear).__module__}.{type(linear).__name__}"
     if not isinstance(linear, nn.Linear):
-        raise ConfigError(
-            f"{name} is a {type(linear).__module__}.{type(linear).__name__}, of which no part can be computed; "
-            "expected nn.Linear. Merge adapters into the model before you run variant H at less than 100 %."
-        )
-    return linear
+        remedy = "Merge adapters into the model before you run variant H at less than 100 %."
+    elif not _dense(linear):
+        kind += f" with weights of type {type(linear.weight).__name__} ({linear.weight.dtype})"
+        remedy = "Load the weights without quantization for variant H, or use variant L, which runs whole layers."
+    else:
+        return linear
+    raise ConfigError(f"{name} is {kind}, of which no part can be computed; expected nn.Linear. {remedy}")
+
+
+def _dense(linear: nn.Linear) -> bool:
+    """Whether rows and columns can be taken of the weights: not of those that other libraries pack into integers."""
+    weight = linear.weight
+    whole = weight.is_floating_point() and weight.shape == (linear.out_features, linear.in_features)
+    return whole and type(weight).__module__.partition(".")[0] == "torch"
 
 
 def _times(spans: Sequence[Span], unit: int) -> list[Span]:

@@ -110,7 +110,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     app.add_middleware(_BodyLimit, most=settings.max_body_bytes)
     metrics = Metrics(engine)
     app.state.engine = engine
-    _handle_errors(app)
+    _handle_errors(app, metrics)
     card = ModelCard(id=settings.name, created=now(), budgets=[str(b) for b in engine.vlm.reachable_budgets()])
 
     def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
@@ -302,13 +302,14 @@ def _body(refusal: _Refusal) -> dict[str, Any]:
     return {"error": told}
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(_Refusal)
     async def refused(_: Request, error: _Refusal) -> JSONResponse:
         return JSONResponse(_body(error), error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        metrics.failed("invalid")
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"][1:])) or "the body"
         return JSONResponse(_body(_Refusal(400, f"{place}: {first['msg']}"[:500])), 400)
