@@ -23,15 +23,16 @@ demo: $(STAMP)  ## answer questions about an image at several budgets
 test: $(STAMP)  ## run the tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not gpu and not lmms"
 
+# What other libraries bring stays out of .venv: torchao, once installed, has a say in every start of transformers, and
 # lmms-eval brings a torchvision, which only works beside the very torch that it was built for and is not needed.
 $(EVAL)/.installed: pyproject.toml constraints.txt
 	test -x $(EVAL)/bin/python || $(PYTHON) -m venv $(EVAL)
-	$(EVAL)/bin/pip install -c constraints.txt -e '.[eval,serve]' pytest
+	$(EVAL)/bin/pip install -c constraints.txt -e '.[eval,serve,quantized]' pytest
 	$(EVAL)/bin/pip uninstall -y torchvision
 	touch $@
 
-test-eval: $(EVAL)/.installed  ## run the tests that need lmms-eval, in an environment of their own
-	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q tests/test_lmms*.py
+test-eval: $(EVAL)/.installed  ## run the tests that need lmms-eval or quantised weights, in an environment of their own
+	OMP_NUM_THREADS=1 $(EVAL)/bin/pytest -q tests/test_lmms*.py tests/test_quantized.py
 
 # Ten minutes on two idle cores; the last line is one JSON object.
 bench: $(STAMP)  ## measure whether milliseconds follow FLOPs

@@ -73,7 +73,7 @@ def test_answers_grow_and_are_those_of_generate(studio):
     assert len(told) > 3 and told[-1].text == alone.text
     texts = [one.text for one in told]
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
-    ours, theirs = studio.compare("mini-H", PICTURE, QUESTION, "60%")
+    ours, theirs = studio.compare("mini-H", PICTURE, QUESTION, 3)
     assert ours.repetitions == theirs.repetitions >= 1 and 0 < ours.before_ms < ours.first_ms <= ours.whole_ms
     assert "medians of" in facts_html(told[-1].begun.cost, ours, theirs)
 

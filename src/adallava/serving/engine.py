@@ -201,7 +201,10 @@ class Engine:
                 started = start(self.vlm, job.prepared, decision.budget, job.elapsed_ms)
             except BudgetError:  # it could have been kept when the job came
                 least = Budget.of_k(self.governor.config, 0)
-                started, remark = start(self.vlm, job.prepared, least, job.elapsed_ms), "late: it waited for too long"
+                started, remark = (
+                    start(self.vlm, job.prepared, least, job.elapsed_ms),
+                    "late: less time is left than the least of it takes",
+                )
             speech = Speech(sampling, self._decode, self._ends)
             text = speech.say(speech.choose(started.logits))
         except Exception as error:  # whatever it is, it is this job's, and the others go on

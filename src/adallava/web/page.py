@@ -47,7 +47,7 @@ def build(studio: Studio, image: Image.Image | None = None, asked: tuple[str, ..
                 unit = gr.Radio([SHARE, TIME], value=SHARE, label="Budget in", elem_id="unit")
                 least = _percent(studio.least(names[0]))
                 share = gr.Slider(least, 100, value=75, step=1, label=SHARE, elem_id="share")
-                time_ms = gr.Slider(1, 100, value=50, step=0.1, label=TIME, visible=False, elem_id="time")
+                time_ms = gr.Slider(1, 100, value=1, step=0.1, label=TIME, visible=False, elem_id="time")
                 measure = gr.Button(
                     f"Measure this machine first ({CALIBRATION_SECONDS:.0f} s)", visible=False, elem_id="measure"
                 )
@@ -143,7 +143,7 @@ def _ask(studio: Studio) -> Callable[..., Iterator[tuple[str, Any, str]]]:
             yield (
                 answer_html(told),
                 gr.skip(),
-                facts_html(told.begun.cost, *studio.compare(name, picture, question, budget)),
+                facts_html(told.begun.cost, *studio.compare(name, picture, question, told.begun.plan.k[0])),
             )
         except AdaLlavaError as error:
             yield error_html(error), gr.skip(), facts_html(None)
@@ -165,7 +165,7 @@ def _units(studio: Studio) -> Callable[..., tuple[Any, Any, Any]]:
         if found is None:
             return shares, gr.Slider(visible=False), gr.Button(visible=True)
         low, high = found
-        inside = time_ms if low < time_ms < high else (low + high) / 2
+        inside = time_ms if low < time_ms < high else 1.1 * high
         return (
             shares,
             gr.Slider(minimum=round(0.5 * low, 1), maximum=round(1.5 * high, 1), value=round(inside, 1), visible=True),

@@ -163,7 +163,7 @@ class Studio:
             return Foreseen(answer.plan, answer.budget, answer.cost, seen.on_picture())
         return Foreseen(answer.plan, answer.budget, answer.cost, None)
 
-    def answer(self, name: str, image: Image.Image, question: str, budget: str) -> Iterator[Told]:
+    def answer(self, name: str, image: Image.Image, question: str, budget: str | Budget) -> Iterator[Told]:
         """The answer, piece by piece, the last with all times."""
         events, over = queue.Queue[Event](), threading.Event()
 
@@ -196,9 +196,11 @@ class Studio:
                     raise error
             yield told
 
-    def compare(self, name: str, image: Image.Image, question: str, budget: str) -> tuple[Times, Times]:
-        """Median times of a budget and of the whole model, measured in turns for as long as a reader waits."""
-        budgets, runs = (budget, "100%"), (list[Told](), list[Told]())
+    def compare(self, name: str, image: Image.Image, question: str, k: int) -> tuple[Times, Times]:
+        """Median times of k switches and of the whole model, measured in turns for as long as a reader waits."""
+        config = self.models[name].adaptive_config
+        assert config is not None, "checked when the page was made"
+        budgets, runs = (Budget.of_k(config, k), Budget.of_k(config, config.max_k)), (list[Told](), list[Told]())
         until = time.perf_counter() + _COMPARE_S
         for number in range(1 + _MOST_ROUNDS):
             for wanted, told in zip(budgets, runs, strict=True):

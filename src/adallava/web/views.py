@@ -29,6 +29,7 @@ STYLE = """
   font-variant-numeric: tabular-nums; }
 .facts th, .facts td { text-align: right; padding: 3px 8px; font-weight: 400;
   border: 0 !important; border-bottom: 1px solid #8884 !important; }
+.facts tr, .facts thead, .facts tbody { border: 0 !important; }
 .facts th:first-child, .facts td:first-child { text-align: left; }
 .facts thead th { opacity: .7; }
 .said { font-size: 20px; min-height: 1.6em; font-weight: 600; margin: 0 0 2px; }
