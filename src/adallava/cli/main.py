@@ -221,12 +221,14 @@ def bench(
         str,
         typer.Argument(
             help="speed: do ms follow FLOPs? scaling: over prompt, batch and model. selection: prefill time over "
-            "tokens kept. latency: how budgets in ms hold. load: what a server does under it."
+            "tokens kept. latency: how budgets in ms hold. load: a server under it. soak: one over 10,000 requests."
         ),
     ],
     model: Annotated[
         str,
-        typer.Option(help="Random weights in the shape of mid, llava-1.5-7b, ...; of latency and load also mini-L."),
+        typer.Option(
+            help="Random weights in the shape of mid, llava-1.5-7b, ...; of latency also mini-L; of load and soak only such."
+        ),
     ] = "mid",
     rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,

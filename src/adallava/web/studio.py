@@ -132,8 +132,12 @@ class Studio:
             return None
         forecaster = vlm.profiles.get(vlm, vlm.token_selection, "in ms")
         assert vlm.adaptive_config is not None
+        began = time.perf_counter()
         prepared = prepare(vlm, to_prompt(Request(question, image)), LONGEST)
-        least, most = (forecaster.prefill(prepared.work(vlm, k)).upper_ms for k in (0, vlm.adaptive_config.max_k))
+        elapsed = 1e3 * (time.perf_counter() - began)
+        least, most = (
+            forecaster.prefill(prepared.work(vlm, k), elapsed).upper_ms for k in (0, vlm.adaptive_config.max_k)
+        )
         return least, most
 
     def calibrated(self, name: str) -> bool:
