@@ -226,9 +226,7 @@ def bench(
     ],
     model: Annotated[
         str,
-        typer.Option(
-            help="Random weights in the shape of mid, llava-1.5-7b, ...; of latency also mini-L; of load and soak only such."
-        ),
+        typer.Option(help="Random weights in the shape of mid, llava-1.5-7b, ...; of latency, load, soak also mini-L."),
     ] = "mid",
     rounds: Annotated[int, typer.Option(help="Everything runs once per round; medians are told.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
