@@ -21,7 +21,8 @@ def answers_of(results):
     }
 
 
-def test_lmms_eval_asks_the_server(tmp_path):
+def test_lmms_eval_asks_the_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the side file of the model is written
     tasks = export(tmp_path, FAMILIES, SEED, LIMIT)
     assert tasks == [PREFIX + family for family in FAMILIES]
     common = {"tasks": tasks, "verbosity": "ERROR", "log_samples": True}

@@ -9,6 +9,7 @@ from adallava.cost.work import DECODE, PREFILL
 from adallava.errors import BudgetError, ConfigError
 from adallava.hosts.prompts import Request, to_prompt
 from adallava.hosts.stepping import prepare
+from adallava.serving import engine as engine_module
 from adallava.serving import governor as module
 from adallava.serving.engine import Engine
 from adallava.serving.governor import Governor
@@ -132,3 +133,15 @@ def test_who_comes_to_an_idle_server_is_taken_whatever_is_expected(vlm):
     engine.submit(made[0])
     with pytest.raises(OverloadedError, match="after the objective"):
         engine.submit(made[1])
+
+
+def test_who_cannot_be_in_time_is_refused_before_any_work(vlm, monkeypatch):
+    engine = Engine(vlm, objective_ms=2 * bound(0) + 20)
+    made = [Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None) for _ in range(3)]
+    engine.submit(made[0])
+    engine.submit(made[1])
+    monkeypatch.setattr(engine_module, "prepare", None)  # which nobody may call
+    with pytest.raises(OverloadedError, match="after the objective"):
+        engine.submit(made[2])
+    with pytest.raises(TypeError):
+        engine.submit(Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None, Budget.parse("100%")))

@@ -119,6 +119,8 @@ class Engine:
                 f"max_tokens is {job.sampling.max_new_tokens}, this server allows {self.limits.new_tokens}. Ask for "
                 "fewer."
             )
+        with self._changed:
+            self._check_room(job)  # before any work is done for it: under overload, that work would be most of all
         with self._preparing:
             job.prepared = prepare(self.vlm, job.prompt, job.sampling.max_new_tokens)
         tokens = max(job.prepared.batch.lengths[0])
@@ -134,22 +136,26 @@ class Engine:
             raise PromptError(f"its keys and values would not fit this server's {self.limits.kv_bytes:,} bytes.")
         with self._changed:
             self._check_open()
-            if len(self._queue) >= self.limits.queue:
-                raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
-            waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue))]
-            # Who comes when nobody else is here is taken, whatever is expected: a governor that refused everybody after
-            # a slow moment would never learn that it is over.
-            if job.budget is None and job.deadline_ms is None and (waiting or self._active):
-                over = self.governor.wait_ms(job, waiting, len(self._active))
-                if over > 0:
-                    raise OverloadedError(
-                        f"its first token would come {over:.0f} ms after the objective of "
-                        f"{self.governor.objective_ms:g} ms, even with the least of the model.",
-                        over / 1e3,
-                    )
+            self._check_room(job)
             self.governor.arrived(job.arrived)
             heapq.heappush(self._queue, (self._due(job), next(self._numbers), job))
             self._changed.notify_all()
+
+    def _check_room(self, job: Job) -> None:
+        """Raise ``OverloadedError`` where the queue is full, or so long that the objective cannot be kept."""
+        if len(self._queue) >= self.limits.queue:
+            raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
+        waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue))]
+        # Who comes when nobody else is here is taken, whatever is expected: a governor that refused everybody after
+        # a slow moment would never learn that it is over.
+        if job.budget is None and job.deadline_ms is None and (waiting or self._active):
+            over = self.governor.wait_ms(job, waiting, len(self._active))
+            if over > 0:
+                raise OverloadedError(
+                    f"its first token would come {over:.0f} ms after the objective of "
+                    f"{self.governor.objective_ms:g} ms, even with the least of the model.",
+                    over / 1e3,
+                )
 
     # -- its thread ---------------------------------------------------------------------------------------------------
 
