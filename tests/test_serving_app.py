@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 import torch
+from PIL import Image
 
 from adallava.errors import ImageError
 from adallava.hosts.model import AdaptiveVLM
@@ -16,6 +17,7 @@ from adallava.mini.scenes import sample_scene, to_image
 from adallava.serving import images
 from adallava.serving.images import ImagePolicy, read_image
 from adallava.serving.jobs import Limits
+from adallava.serving.protocol import ChatRequest
 from served import PICTURE, QUESTION, asked, data_url, post, running
 
 
@@ -130,12 +132,17 @@ def test_many_at_once(url, vlm):
         ({"messages": asked(), "budget": "49%"}, 422, "minimum"),
         ({"messages": asked(url="/etc/passwd")}, 400, "expected a data URL"),
         ({"messages": asked(url="file:///etc/passwd")}, 400, "expected a data URL"),
+        ({"messages": asked(url="http://localhost:99999/picture.png")}, 400, "expected a data URL"),
         ({"messages": asked(url="http://localhost/picture.png")}, 400, "not fetched from 'localhost'"),
         ({"messages": asked(url="data:text/html;base64,AAAA")}, 400, "expected data:image"),
         ({"messages": asked(url="data:image/png;base64,@@@@")}, 400, "not base64"),
         ({"messages": asked(url="data:image/png;base64,AAAA")}, 400, "cannot be read as an image"),
         ({"messages": asked(url=data_url()[:2000])}, 400, ""),
         ({"messages": asked("<image> what is it ?")}, 400, "marks an image"),
+        ({"messages": asked() * 17}, 400, "17 images, more than the 16 allowed"),
+        ({"messages": [{"role": "user", "content": "a" * 150_000}] * 3}, 400, "450,000 characters"),
+        ({"messages": asked(), "tool_choice": "required"}, 400, "tool_choice"),
+        ({"messages": asked(url=data_url(kind="TIFF"))}, 400, "cannot be read as an image"),
     ],
 )
 def test_what_is_wrong_is_said(url, body, status, message, tmp_path, monkeypatch):
@@ -165,6 +172,13 @@ def test_a_key_is_asked_for(vlm):
         assert httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
         right = httpx.get(f"{url}/v1/models", headers={"Authorization": "Bearer secret"})
         assert right.status_code == 200 and httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_a_key_is_asked_for_before_a_body_is_read(vlm):
+    with running(vlm, api_key="secret", max_body_bytes=5000) as url:
+        assert httpx.post(f"{url}/v1/chat/completions", content=b"a" * 6000).status_code == 401
+        lower = httpx.get(f"{url}/v1/models", headers={"Authorization": "bearer secret"})
+        assert lower.status_code == 200
 
 
 def test_bodies_are_limited(vlm):
@@ -231,6 +245,17 @@ def test_stopping_finishes_what_is_going_on(vlm):
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
+def test_pictures_are_limited_together():
+    large = data_url(Image.new("1", (3000, 3000)))
+    one, words = {"type": "image_url", "image_url": {"url": large}}, {"type": "text", "text": "which is larger ?"}
+    two, three = (
+        ChatRequest(model="mini-L", messages=[{"role": "user", "content": [words, *[one] * n]}]) for n in (2, 3)
+    )
+    assert len(two.prompt(ImagePolicy()).images) == 2
+    with pytest.raises(ImageError, match="more than the"):
+        three.prompt(ImagePolicy())
+
+
 def test_pictures_are_limited():
     assert read_image(data_url(), ImagePolicy()).size == PICTURE.size
     with pytest.raises(ImageError, match="more than the 1,000 allowed"):
@@ -260,6 +285,8 @@ def web(monkeypatch):
                 return httpx.Response(302, headers={"location": "https://evil.example/picture.png"})
             case "/inside":
                 return httpx.Response(302, headers={"location": "https://inside.example/picture.png"})
+            case "/broken":
+                return httpx.Response(302, headers={"location": "http://["})
             case "/round":
                 return httpx.Response(302, headers={"location": "/round"})
             case "/large":
@@ -280,7 +307,7 @@ def web(monkeypatch):
 
 
 def test_pictures_of_allowed_hosts_are_fetched(web):
-    policy = ImagePolicy(hosts=("pictures.example", "inside.example", "nowhere.example"), max_bytes=50_000)
+    policy = ImagePolicy(hosts=("Pictures.example", "inside.example", "nowhere.example"), max_bytes=50_000)
     assert read_image("https://pictures.example/picture.png", policy).size == PICTURE.size
     assert read_image("https://pictures.example/there", policy).size == PICTURE.size
     assert {host for _, host, _ in web} == {"pictures.example"} == {name for *_, name in web}
@@ -291,6 +318,7 @@ def test_pictures_of_allowed_hosts_are_fetched(web):
         "/round": "redirected more than 3 times",
         "/large": "more than the 50,000 bytes",
         "/missing": "answered 404",
+        "/broken": "no web address",
     }.items():
         with pytest.raises(ImageError, match=wrong):
             read_image(f"https://pictures.example{path}", policy)

@@ -127,13 +127,61 @@ def test_the_queue_and_memory_are_bounded(mini):
     with pytest.raises(PromptError, match="this server allows 4"):
         ask(Engine(mini, Limits(new_tokens=4)), request)
     # Room for one and a half: they go one after the other, and both come to an end.
-    one = engine._kv_bytes(engine._queue[0][-1], mini.adaptive_config.max_k)
+    one = engine._reserved(engine._queue[0][-1])
     most = []
     with Engine(mini, Limits(kv_bytes=one * 3 // 2)) as narrow:
         narrow.on_step = lambda rows, ms: most.append(rows)
         told = [ask(narrow, request, max_new_tokens=6) for _ in range(3)]
         assert all(isinstance(each.end(), Ended) for each in told)
     assert max(most, default=1) == 1
+
+
+def test_a_batch_is_reserved_as_long_as_its_longest_row(mini):
+    engine, reserved = Engine(mini, Limits()), []
+    engine._ends = frozenset()  # all answers are as long as they may be
+    engine.on_step = lambda rows, ms: reserved.append((rows, engine.load.kv_bytes, held_by(engine)))
+    asked = [Request("star " * words, budget="100%") for words in (150, 5, 5, 5)]
+    told = [ask(engine, each, max_new_tokens=9, temperature=2.0, seed=n) for n, each in enumerate(asked)]
+    with engine:
+        for each in told:
+            each.end()
+    assert max(rows for rows, *_ in reserved) >= 2
+    assert all(held <= kept for _, kept, held in reserved), "what is reserved is never less than what is held"
+
+
+def held_by(engine):
+    """Bytes of keys and values of the tokens in the batch, without room for those to come."""
+    return sum(
+        layer.keys.nbytes + layer.values.nbytes for layer in engine._joined.cache.layers if layer.keys is not None
+    )
+
+
+def test_whoever_left_the_queue_frees_their_place(mini):
+    request = mini_requests(1)[0]
+    engine = Engine(mini, Limits(queue=2))
+    gone = [job(request, Told()) for _ in range(2)]
+    for each in gone:
+        engine.submit(each)
+    gone[1].cancel()  # not the first of the queue
+    ask(engine, request)
+    assert isinstance(gone[1].sink.events[-1].error, InterruptedError)
+    assert engine.load.waiting == 2
+
+
+def test_an_engine_that_fails_leaves_nobody_waiting(mini, monkeypatch):
+    with Engine(mini, Limits()) as engine:
+        monkeypatch.setattr(engine, "_leave", lambda: 1 / 0)
+        told = [ask(engine, request) for request in mini_requests(3)[:1]]
+        assert isinstance(told[0].end().error, ZeroDivisionError)
+        engine._thread.join(WAIT)
+        assert not engine.alive
+        with pytest.raises(StoppedError):
+            ask(engine, mini_requests(1)[0])
+
+
+def test_a_temperature_near_zero_takes_the_likeliest():
+    speech = Speech(Sampling(temperature=5e-38), lambda tokens: "", frozenset())
+    assert speech.choose(torch.tensor([1.0, 20.0, 19.0])) == 1
 
 
 def test_what_is_cancelled_or_late_makes_room(mini):

@@ -126,6 +126,23 @@ def test_objectives_that_cannot_be(vlm, tmp_path, monkeypatch):
         Governor(tiny_vlm(), 100.0)
 
 
+def test_those_with_budgets_of_their_own_are_not_held_to_the_objective(vlm):
+    governor = Governor(vlm, 4 * bound(3))
+    old = job(vlm, ago_ms=10 * bound(3), budget=Budget.parse("100%"))
+    assert k_of(governor, governor.decide(job(vlm), [], 0)) == 3
+    monopoly = governor.decide(job(vlm), [old], 0)
+    assert k_of(governor, monopoly) == 3, monopoly.remark
+    # Before it they count for what they are.
+    own, least = (governor.wait_ms(job(vlm), [job(vlm, budget=Budget.parse(b))], 0) for b in ("100%", "50%"))
+    assert own - least == pytest.approx(bound(3) - bound(0), abs=5)
+
+
+def test_a_deadline_that_has_passed_in_the_queue_gets_a_token(vlm):
+    governor = Governor(vlm)
+    decision = governor.decide(job(vlm, ago_ms=1000, deadline_ms=500), [], 0)
+    assert (k_of(governor, decision), decision.new_tokens) == (0, 1) and decision.remark.startswith("late")
+
+
 def test_who_comes_to_an_idle_server_is_taken_whatever_is_expected(vlm):
     """Else a governor that has seen a slow moment would refuse everybody, and never see that it is over."""
     engine = Engine(vlm, objective_ms=1.0)

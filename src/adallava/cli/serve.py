@@ -82,7 +82,14 @@ def serve(
     say(f"serving {model} on http://{host}:{port}, described at /docs; stop with Ctrl-C")
     # Once it has stopped in good order uvicorn raises the signal again, which would end the process by it.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=30)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=30,
+        limit_concurrency=16 * (rows + queue),
+    )
 
 
 def _check_installed() -> None:

@@ -18,34 +18,35 @@ MAX_PIXELS = 50_000_000
 ImageSource = Image.Image | str | Path | bytes | np.ndarray
 
 
-def load_image(source: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: Any, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Open an image as RGB, upright; ``ImageError`` for what cannot be read, is empty, or has over ``max_pixels``.
 
     source: a PIL image, a path, encoded bytes, or an array [height, width] or [height, width, 3 or 4] of bytes.
+    formats: Pillow's names of those in which files and bytes may be; all that it reads when None.
     """
     if isinstance(source, np.ndarray):
         return _checked(_from_array(source), "the array", max_pixels)
     if isinstance(source, Image.Image):
         return _checked(source, "the image", max_pixels)
     if isinstance(source, bytes):
-        return _open(io.BytesIO(source), f"the {len(source)} bytes", max_pixels)
+        return _open(io.BytesIO(source), f"the {len(source)} bytes", max_pixels, formats)
     if isinstance(source, str | Path):
         if str(source).startswith(("http://", "https://")):
             raise ImageError(f"{source} is an address, and images are not fetched. Download it and pass the file.")
         path = Path(source)
         if not path.is_file():
             raise ImageError(f"there is no image file {str(path)!r}. Check the path.")
-        return _open(path, f"the file {str(path)!r}", max_pixels)
+        return _open(path, f"the file {str(path)!r}", max_pixels, formats)
     raise ImageError(
         f"an image of type {type(source).__name__} was passed; expected a PIL image, a path, bytes or a uint8 array."
     )
 
 
-def _open(file: Any, name: str, max_pixels: int) -> Image.Image:
+def _open(file: Any, name: str, max_pixels: int, formats: tuple[str, ...] | None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            return _checked(Image.open(file), name, max_pixels)
+            return _checked(Image.open(file, formats=formats), name, max_pixels)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has far more than the {max_pixels:,} pixels allowed. Scale it down first.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

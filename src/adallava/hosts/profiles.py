@@ -128,11 +128,14 @@ class Profiles:
         print_of = fingerprint(vlm, selector)
         selection = print_of["token selection"]
         # Only what holds is in use: requests are foretold by it from now on.
-        found = self._chosen or self._found.pop(selection, None) or Forecaster(find_profile(print_of, budget))
-        found.profile.check(print_of)
-        if self._chosen is None:
-            self._found[selection] = found
-        return found
+        found = self._chosen or self._found.get(selection) or Forecaster(find_profile(print_of, budget))
+        try:
+            found.profile.check(print_of)
+        except ProfileError:
+            self._found.pop(selection, None)
+            raise
+        # Whoever comes first on several threads: what one learns, all know.
+        return found if self._chosen is not None else self._found.setdefault(selection, found)
 
     def in_use(self, selector: Selector) -> Forecaster | None:
         """The forecaster that ``use`` set, or that a budget in time or ``get`` has found; None before."""

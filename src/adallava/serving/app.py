@@ -7,15 +7,16 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import anyio.to_thread
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -57,6 +58,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 _WATCH_S = 0.2
+_READERS = 4
 _BEARER = HTTPBearer(auto_error=False)
 
 
@@ -107,28 +109,24 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         description="A vision-language model that gives each request its budget.",
         lifespan=lifespan,
     )
-    app.add_middleware(_BodyLimit, most=settings.max_body_bytes)
+    app.add_middleware(_Gate, most=settings.max_body_bytes, api_key=settings.api_key)
     metrics = Metrics(engine)
     app.state.engine = engine
     _handle_errors(app, metrics)
     card = ModelCard(id=settings.name, created=now(), budgets=[str(b) for b in engine.vlm.reachable_budgets()])
 
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
-        if settings.api_key is None:
-            return
-        if given is None or not secrets.compare_digest(given.credentials.encode(), settings.api_key.encode()):
-            raise _Refusal(401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key")
-
-    known = [Depends(authorised)]
+    known = [Depends(_BEARER)]  # for the description; ``_Gate`` asks for the key before a body is read
+    # Pictures are decoded on so many threads at once: what is not decoded yet is small.
+    reading = anyio.CapacityLimiter(_READERS)
 
     @app.get("/healthz", responses={503: {"model": Health}})
-    def healthz() -> Response:
+    async def healthz() -> Response:
         load = engine.load
         body = Health(status="ok" if engine.alive else "stopping", waiting=load.waiting, decoding=load.decoding)
         return JSONResponse(body.model_dump(), 200 if engine.alive else 503)
 
     @app.get("/metrics", response_class=Response)
-    def told() -> Response:
+    async def told() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models", dependencies=known, responses={401: _ERRORS[401]})
@@ -142,6 +140,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
     @app.post("/v1/chat/completions", dependencies=known, responses=_ERRORS, response_model=ChatReply)
     async def chat(body: ChatRequest, request: Request) -> Any:
+        arrived = time.perf_counter()
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -155,12 +154,12 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
             body.check()
             sampling = body.sampling(min(settings.default_tokens, engine.limits.new_tokens))
             budget = body.wanted_budget(settings.default_budget)
-            job = Job(body.prompt(settings.images), sampling, sink, budget, body.deadline_ms)
+            job = Job(body.prompt(settings.images), sampling, sink, budget, body.deadline_ms, arrived)
             engine.submit(job)
             return job
 
         try:
-            job = await anyio.to_thread.run_sync(accept)
+            job = await anyio.to_thread.run_sync(accept, limiter=reading)
         except Exception as error:
             raise _refused(error, metrics) from error
         try:
@@ -324,17 +323,25 @@ def _handle_errors(app: FastAPI, metrics: Metrics) -> None:
         return JSONResponse(_body(_refusal(error)), 500)
 
 
-class _BodyLimit:
-    """Refuses a body of more than ``most`` bytes, said or sent, before it is held."""
+class _Gate:
+    """Refuses a request without the key, and a body of more than ``most`` bytes, said or sent, before it is held."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, most: int, api_key: str | None) -> None:
         self.app, self.most = app, most
+        self.key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        said = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        right = scheme.lower() == b"bearer" and secrets.compare_digest(given.strip(), self.key or b"")
+        if self.key is not None and scope["path"].startswith("/v1") and not right:
+            refusal = _Refusal(401, "the API key is missing or wrong.", "authentication_error", "invalid_api_key")
+            await JSONResponse(_body(refusal), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            return
+        said = headers.get(b"content-length", b"0")
         seen, over = 0, said.isdigit() and int(said) > self.most
 
         async def counted() -> Message:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +20,16 @@ from torch import Tensor
 from adallava.budget import Budget
 from adallava.errors import BudgetError, PromptError
 from adallava.hosts.budgets import resolve_budgets
+from adallava.hosts.cache import ROOM
 from adallava.hosts.joining import Joined, Row, join, part
 from adallava.hosts.model import AdaptiveVLM
+from adallava.hosts.prompts import Prompt
 from adallava.hosts.stepping import Started, check_steps, counts_positions, prepare, start, step
 from adallava.serving.governor import Governor
 from adallava.serving.jobs import Begun, Ended, Failed, Job, Limits, OverloadedError, Said, StoppedError
 from adallava.serving.speech import Speech
 
+log = logging.getLogger("adallava.serving")
 _IDLE_S = 0.5
 
 
@@ -35,8 +39,12 @@ class _Active:
 
     job: Job
     speech: Speech
-    row: Row
-    kv_bytes: int
+    row: Row | None
+    """What it holds; None while it is part of a batch."""
+    length: int
+    """Tokens of prompt and longest answer."""
+    token_bytes: int
+    """Of keys and values, for each token."""
     decode_ms: float = 0.0
 
     @property
@@ -104,8 +112,7 @@ class Engine:
     @property
     def load(self) -> Load:
         """What waits and runs at this moment."""
-        active = list(self._active)
-        return Load(len(self._queue), len(active), sum(one.kv_bytes for one in active))
+        return Load(len(self._queue), len(self._active), self._reserved())
 
     def submit(self, job: Job) -> None:
         """Take a job: from now on its sink is told. Everything that is wrong with it is raised here instead.
@@ -123,6 +130,7 @@ class Engine:
             self._check_room(job)  # before any work is done for it: under overload, that work would be most of all
         with self._preparing:
             job.prepared = prepare(self.vlm, job.prompt, job.sampling.max_new_tokens)
+        job.prompt = Prompt([])  # its pictures are not needed any more
         tokens = max(job.prepared.batch.lengths[0])
         if tokens > self.limits.prompt_tokens:
             raise PromptError(
@@ -132,7 +140,9 @@ class Engine:
         self.governor.check(job)
         if job.budget is not None:
             self._check_budget(job, job.budget)
-        if self._kv_bytes(job, 0) > self.limits.kv_bytes:
+        if (max(job.prepared.batch.last_lengths[0]) + ROOM) * self._token_bytes(
+            self._most_k(job)
+        ) > self.limits.kv_bytes:
             raise PromptError(f"its keys and values would not fit this server's {self.limits.kv_bytes:,} bytes.")
         with self._changed:
             self._check_open()
@@ -143,9 +153,11 @@ class Engine:
 
     def _check_room(self, job: Job) -> None:
         """Raise ``OverloadedError`` where the queue is full, or so long that the objective cannot be kept."""
+        self._let_go()
         if len(self._queue) >= self.limits.queue:
             raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
-        waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue))]
+        due = self._due(job)
+        waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue) if entry[0] <= due)]
         # Who comes when nobody else is here is taken, whatever is expected: a governor that refused everybody after
         # a slow moment would never learn that it is over.
         if job.budget is None and job.deadline_ms is None and (waiting or self._active):
@@ -160,6 +172,15 @@ class Engine:
     # -- its thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # nothing is known to raise here, and nobody may be left waiting if it does
+            log.exception("the engine has failed")
+            with self._changed:
+                self._stopping, self._finishing = True, False
+                self._fail_all(error)
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not self._queue and not self._active and not self._stopping:
@@ -170,7 +191,6 @@ class Engine:
                     return
                 job, waiting = self._next()
             if job is not None:
-                self._prefilling = [job]
                 self._admit(job, waiting)
                 self._prefilling = []
             self._leave()
@@ -179,21 +199,30 @@ class Engine:
 
     def _next(self) -> tuple[Job | None, list[Job]]:
         """The next job to be prefilled, if there is room for it, and those behind it."""
-        while self._queue:
-            job = self._queue[0][-1]
+        self._let_go()
+        if not self._queue or len(self._active) >= self.limits.rows:
+            return None, []
+        job = self._queue[0][-1]
+        if self._active and self._reserved(job) > self.limits.kv_bytes:
+            return None, []
+        heapq.heappop(self._queue)
+        self._prefilling = [job]
+        return job, [entry[-1] for entry in sorted(self._queue)]
+
+    def _let_go(self) -> None:
+        """Take out of the queue who has gone or waited for too long, wherever in it they are."""
+        staying = []
+        for entry in self._queue:
+            job = entry[-1]
             late = job.elapsed_ms > 1e3 * self.limits.timeout_s
             if job.cancelled.is_set() or late:
-                heapq.heappop(self._queue)
                 error = TimeoutError("it waited for too long.") if late else InterruptedError("cancelled")
                 self._tell(job, Failed(error))
-                continue
-            held = sum(one.kv_bytes for one in self._active)
-            full = len(self._active) >= self.limits.rows
-            if full or (self._active and held + self._kv_bytes(job, self._most_k) > self.limits.kv_bytes):
-                return None, []
-            heapq.heappop(self._queue)
-            return job, [entry[-1] for entry in sorted(self._queue)]
-        return None, []
+            else:
+                staying.append(entry)
+        if len(staying) < len(self._queue):
+            self._queue = staying
+            heapq.heapify(self._queue)
 
     def _admit(self, job: Job, waiting: list[Job]) -> None:
         """Prefill a job and let it join."""
@@ -213,14 +242,17 @@ class Engine:
                 )
             speech = Speech(sampling, self._decode, self._ends)
             text = speech.say(speech.choose(started.logits))
+            begun = self._begun(job, started, queued, remark)
         except Exception as error:  # whatever it is, it is this job's, and the others go on
             self._tell(job, Failed(error))
             return
-        self._tell(job, self._begun(job, started, queued, remark))
+        job.prepared = replace(job.prepared, inputs={}, images=None)
+        self._tell(job, begun)
         if text:
             self._tell(job, Said(text))
         self._part()
-        self._active.append(_Active(job, speech, started.row, self._kv_bytes(job, started.row.plan.k[0])))
+        length, each = max(job.prepared.batch.last_lengths[0]), self._token_bytes(started.row.plan.k[0])
+        self._active.append(_Active(job, speech, started.row, length, each))
 
     def _begun(self, job: Job, started: Started, queue_ms: float, remark: str | None) -> Begun:
         assert job.prepared is not None
@@ -269,9 +301,12 @@ class Engine:
         began = time.perf_counter()
         try:
             if self._joined is None:
-                rows = [one.row for one in self._active]
-                assert self.vlm.scheduler is not None
+                rows = [one.row for one in self._active if one.row is not None]
+                assert self.vlm.scheduler is not None and len(rows) == len(self._active)
                 self._joined = join(rows, self.vlm.scheduler, positions=counts_positions(self.vlm))
+                del rows
+                for one in self._active:  # else what they held before would stay beside the batch
+                    one.row = None
             logits, self._joined = step(self.vlm, self._joined, [one.token for one in self._active])
             said = self._choose(logits)
         except Exception as error:  # the batch is lost, the server is not
@@ -301,10 +336,11 @@ class Engine:
             job.cancel()
 
     def _fail_all(self, error: Exception) -> None:
-        for job in [entry[-1] for entry in self._queue] + [one.job for one in self._active]:
+        known = [*(entry[-1] for entry in self._queue), *self._prefilling, *(one.job for one in self._active)]
+        for job in {id(job): job for job in known}.values():
             self._tell(job, Failed(error))
         self._queue.clear()
-        self._active, self._joined = [], None
+        self._active, self._prefilling, self._joined = [], [], None
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self.vlm.processor.tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -314,7 +350,7 @@ class Engine:
         wanted = job.deadline_ms
         if wanted is None and job.budget is not None and job.budget.unit == "ms":
             wanted = float(job.budget.ms)
-        if wanted is None and job.budget is None:
+        if wanted is None:  # whatever budget it has: else those of the governor would go before it for ever
             wanted = self.governor.objective_ms
         return job.arrived + (self.limits.timeout_s if wanted is None else wanted / 1e3)
 
@@ -322,17 +358,24 @@ class Engine:
         rate = self.governor.rate
         return max(1.0, len(self._queue) / rate if rate else 1.0)
 
-    @property
-    def _most_k(self) -> int:
-        return self.governor.config.max_k
+    def _most_k(self, job: Job) -> int:
+        """The most that may be on for a job: what its budget buys, or everything where that is decided later."""
+        if job.budget is None or job.budget.unit != "share":
+            return self.governor.config.max_k
+        return job.budget.resolve(self.governor.config).k
 
-    def _kv_bytes(self, job: Job, k: int) -> int:
-        """Bytes of keys and values at the end of the longest answer, at most."""
-        assert job.prepared is not None
+    def _token_bytes(self, k: int) -> int:
+        """Bytes of keys and values for each token, at most."""
         config, spec = self.governor.config, self.vlm.spec
         layers = config.prefix_layers + k / config.switches_per_layer
-        each = 2 * spec.num_kv_heads * spec.head_dim * next(self.vlm.model.parameters()).element_size()
-        return int(layers * each * max(job.prepared.batch.last_lengths[0]))
+        return int(layers * 2 * spec.num_kv_heads * spec.head_dim * next(self.vlm.model.parameters()).element_size())
+
+    def _reserved(self, more: Job | None = None) -> int:
+        """Bytes that all who decode, and ``more``, may come to hold: a batch is as long as its longest row."""
+        rows = [(one.length, one.token_bytes) for one in list(self._active)]
+        if more is not None and more.prepared is not None:
+            rows.append((max(more.prepared.batch.last_lengths[0]), self._token_bytes(self._most_k(more))))
+        return (max((length for length, _ in rows), default=0) + ROOM) * sum(each for _, each in rows)
 
     def _check_open(self) -> None:
         if self._stopping:

@@ -68,13 +68,13 @@ class Governor:
     # -- what it decides ----------------------------------------------------------------------------------------------
 
     def decide(self, job: Job, waiting: Sequence[Job], rows: int) -> Decision:
-        """What ``job`` gets now. waiting: who comes after it, in order. rows: requests that are decoding.
-
-        Raises ``BudgetError`` for a deadline that is past what the least plan and a single token need.
-        """
+        """What ``job`` gets now. waiting: who comes after it, in order. rows: requests that are decoding."""
         new_tokens = job.sampling.max_new_tokens
         if job.deadline_ms is not None:
-            return self._by_deadline(job)
+            try:
+                return self._by_deadline(job)
+            except BudgetError:  # it could have been kept when the job came
+                return Decision(Budget.of_k(self.config, 0), 1, "late: less time is left than one token takes")
         if job.budget is not None:
             return Decision(job.budget, new_tokens)
         k = self._by_load(job, waiting, rows)
@@ -89,7 +89,7 @@ class Governor:
         """
         if self.objective_ms is None or self.forecaster is None:
             return 0.0
-        before = [self._first_ms(other, 0, rows)[1] for other in waiting]
+        before = [self._first_ms(other, self._k_of(other), rows)[1] for other in waiting]
         own = min(before, default=0.0) if job.prepared is None else self._first_ms(job, 0, rows)[1]
         return sum(before) + own + job.elapsed_ms - self.objective_ms
 
@@ -135,10 +135,17 @@ class Governor:
     def _in_time(self, jobs: Sequence[Job], k: int, rows: int, within_ms: float) -> bool:
         spent = 0.0
         for job in jobs:
-            spent += self._first_ms(job, k, rows)[1]
-            if job.elapsed_ms + spent > within_ms:
+            asks = job.budget is None and job.deadline_ms is None
+            spent += self._first_ms(job, k if asks else self._k_of(job), rows)[1]
+            if asks and job.elapsed_ms + spent > within_ms:
                 return False
         return True
+
+    def _k_of(self, job: Job) -> int:
+        """What a job gets at least: what its share buys; nothing beyond the prefix where that is decided later."""
+        if job.budget is None or job.budget.unit != "share":
+            return 0
+        return job.budget.resolve(self.config).k
 
     def _sustained(self, job: Job, k: int, rows: int) -> bool:
         decoding = sum(self._busy_ms) / len(self._busy_ms) if self._busy_ms else 0.0

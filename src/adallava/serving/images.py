@@ -7,6 +7,7 @@ import binascii
 import ipaddress
 import re
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
@@ -19,6 +20,8 @@ from adallava.hosts.images import load_image
 
 _DATA = re.compile(r"data:image/[a-zA-Z0-9.+-]+;base64,", re.ASCII)
 _REDIRECTS = 3
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What is read: other formats of Pillow start programs (EPS) or decode before their size is known (ICO)."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,20 @@ class ImagePolicy:
     """Names of hosts from which images are fetched; none by default."""
     max_bytes: int = 20 * 2**20
     max_pixels: int = 20_000_000
+    """Of all images of a request."""
+    max_images: int = 16
     timeout_s: float = 10.0
+    """For a fetched image, from the first byte asked for to the last one that came."""
 
 
 def read_image(url: str, policy: ImagePolicy) -> Image.Image:
     """The image behind the ``url`` of a message; ``ImageError`` says what is wrong with it."""
     if url.startswith("data:"):
-        return load_image(_decoded(url, policy), max_pixels=policy.max_pixels)
+        return load_image(_decoded(url, policy), policy.max_pixels, FORMATS)
     parts = _split(url)
     if parts is None or parts.scheme not in ("http", "https"):
         raise ImageError(f"the image is {url[:80]!r}; expected a data URL: data:image/png;base64,...")
-    return load_image(_fetched(url, policy), max_pixels=policy.max_pixels)
+    return load_image(_fetched(url, policy), policy.max_pixels, FORMATS)
 
 
 def _decoded(url: str, policy: ImagePolicy) -> bytes:
@@ -56,9 +62,11 @@ def _decoded(url: str, policy: ImagePolicy) -> bytes:
 
 def _split(url: str) -> SplitResult | None:
     try:
-        return urlsplit(url)
+        parts = urlsplit(url)
+        _ = parts.port  # a number out of range is found only when it is looked at
     except ValueError:
         return None
+    return parts
 
 
 def _fetched(url: str, policy: ImagePolicy) -> bytes:
@@ -67,7 +75,7 @@ def _fetched(url: str, policy: ImagePolicy) -> bytes:
         parts = _split(url)
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ImageError(f"the image leads to {url[:80]!r}, which is no web address.")
-        if parts.hostname not in policy.hosts:
+        if parts.hostname not in {host.lower() for host in policy.hosts}:
             raise ImageError(
                 f"images are not fetched from {parts.hostname!r}. Send the image as a data URL, or have the host "
                 "allowed: --allow-image-urls."
@@ -75,7 +83,10 @@ def _fetched(url: str, policy: ImagePolicy) -> bytes:
         found = _get(parts, policy)
         if isinstance(found, bytes):
             return found
-        url = urljoin(url, found)
+        try:
+            url = urljoin(url, found)
+        except ValueError as error:
+            raise ImageError(f"the image was redirected to {found[:80]!r}, which is no web address.") from error
     raise ImageError(f"the image was redirected more than {_REDIRECTS} times.")
 
 
@@ -104,11 +115,13 @@ def _get(parts: SplitResult, policy: ImagePolicy) -> bytes | str:
 
 
 def _limited(answer: httpx.Response, policy: ImagePolicy, host: str) -> bytes:
-    data = bytearray()
+    data, until = bytearray(), time.monotonic() + policy.timeout_s
     for piece in answer.iter_bytes():
         data += piece
         if len(data) > policy.max_bytes:
             raise ImageError(f"the image at {host} has more than the {policy.max_bytes:,} bytes allowed.")
+        if time.monotonic() > until:
+            raise ImageError(f"the image at {host} took more than {policy.timeout_s:g} s.")
     return bytes(data)
 
 

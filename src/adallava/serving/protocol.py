@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from adallava.budget import Budget
@@ -17,6 +19,8 @@ from adallava.serving.speech import Sampling
 
 AUTO = "auto"
 _MESSAGES, _PARTS, _STOPS = 256, 64, 4
+_CHARACTERS = 400_000
+"""Of all texts of a request: tokenizing is work, too."""
 # Of OpenAI's interface; what is not here is not understood, and these only as far as they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -26,6 +30,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
@@ -118,7 +125,9 @@ class ChatRequest(BaseModel):
 
     def prompt(self, policy: ImagePolicy) -> Prompt:
         """Messages and images; ``PromptError`` and ``ImageError`` say what is wrong with them."""
-        images, messages = [], list[dict[str, Any]]()
+        images, messages = list[Image.Image](), list[dict[str, Any]]()
+        self._check_sizes(policy)
+        pixels = policy.max_pixels
         for message in self.messages:
             if isinstance(message.content, str):
                 messages.append({"role": message.role, "content": message.content})
@@ -128,10 +137,20 @@ class ChatRequest(BaseModel):
                 if isinstance(part, TextPart):
                     parts.append({"type": "text", "text": part.text})
                 else:
-                    images.append(read_image(part.image_url.url, policy))
+                    images.append(read_image(part.image_url.url, replace(policy, max_pixels=max(1, pixels))))
+                    pixels -= images[-1].width * images[-1].height
                     parts.append({"type": "image"})
             messages.append({"role": message.role, "content": parts})
         return to_prompt(Request(images=images, messages=messages))
+
+    def _check_sizes(self, policy: ImagePolicy) -> None:
+        parts = [part for message in self.messages if isinstance(message.content, list) for part in message.content]
+        texts = [message.content for message in self.messages if isinstance(message.content, str)]
+        texts += [part.text for part in parts if isinstance(part, TextPart)]
+        if (characters := sum(map(len, texts))) > _CHARACTERS:
+            raise PromptError(f"the messages have {characters:,} characters, more than the {_CHARACTERS:,} allowed.")
+        if (images := sum(isinstance(part, ImagePart) for part in parts)) > policy.max_images:
+            raise PromptError(f"the messages have {images} images, more than the {policy.max_images} allowed.")
 
 
 class Usage(BaseModel):

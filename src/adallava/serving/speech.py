@@ -62,7 +62,9 @@ class Speech:
         """The next token, of logits [V]."""
         if self.sampling.temperature == 0:
             return int(logits.argmax())
-        shares = torch.softmax(logits.float().cpu() / self.sampling.temperature, 0)
+        above = logits.double().cpu()
+        above -= above.max()  # so that a temperature near zero cannot make them infinite
+        shares = torch.softmax(above / self.sampling.temperature, 0)
         if self.sampling.top_p < 1:
             ordered, order = shares.sort(descending=True)
             # The smallest set of likeliest tokens whose shares reach top_p: what lies before the first of the rest.

@@ -182,7 +182,7 @@ class Studio:
                 with self._alone(), Engine(self.models[name]) as engine:
                     engine.submit(job)
                     over.wait()
-            except AdaLlavaError as error:
+            except Exception as error:  # whatever it is, the page waits for it
                 hear(Failed(error))
 
         # On a thread, here and in ``strain``: a page that is closed leaves its generators where they are, for good.
