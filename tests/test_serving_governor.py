@@ -13,7 +13,7 @@ from adallava.serving import engine as engine_module
 from adallava.serving import governor as module
 from adallava.serving.engine import Engine
 from adallava.serving.governor import Governor
-from adallava.serving.jobs import Job, OverloadedError
+from adallava.serving.jobs import Job, Limits, OverloadedError
 from adallava.serving.speech import Sampling
 from test_hosts_profiles import WIDE, profile_of, stage
 from tiny import tiny_vlm
@@ -152,13 +152,10 @@ def test_who_comes_to_an_idle_server_is_taken_whatever_is_expected(vlm):
         engine.submit(made[1])
 
 
-def test_who_cannot_be_in_time_is_refused_before_any_work(vlm, monkeypatch):
-    engine = Engine(vlm, objective_ms=2 * bound(0) + 20)
-    made = [Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None) for _ in range(3)]
+def test_a_full_queue_refuses_before_any_work(vlm, monkeypatch):
+    engine = Engine(vlm, Limits(queue=1))
+    made = [Job(to_prompt(Request("hi ?")), Sampling(4), lambda event: None, Budget.parse("100%")) for _ in range(2)]
     engine.submit(made[0])
-    engine.submit(made[1])
     monkeypatch.setattr(engine_module, "prepare", None)  # which nobody may call
-    with pytest.raises(OverloadedError, match="after the objective"):
-        engine.submit(made[2])
-    with pytest.raises(TypeError):
-        engine.submit(Job(to_prompt(Request("what is there ?")), Sampling(4), lambda event: None, Budget.parse("100%")))
+    with pytest.raises(OverloadedError, match="1 requests are waiting"):
+        engine.submit(made[1])

@@ -127,7 +127,7 @@ class Engine:
                 "fewer."
             )
         with self._changed:
-            self._check_room(job)  # before any work is done for it: under overload, that work would be most of all
+            self._check_queue()  # before any work is done for it
         with self._preparing:
             job.prepared = prepare(self.vlm, job.prompt, job.sampling.max_new_tokens)
         job.prompt = Prompt([])  # its pictures are not needed any more
@@ -151,11 +151,14 @@ class Engine:
             heapq.heappush(self._queue, (self._due(job), next(self._numbers), job))
             self._changed.notify_all()
 
-    def _check_room(self, job: Job) -> None:
-        """Raise ``OverloadedError`` where the queue is full, or so long that the objective cannot be kept."""
+    def _check_queue(self) -> None:
         self._let_go()
         if len(self._queue) >= self.limits.queue:
             raise OverloadedError(f"{len(self._queue)} requests are waiting, no more may.", self._retry_after())
+
+    def _check_room(self, job: Job) -> None:
+        """Raise ``OverloadedError`` where the queue is full, or so long that the objective cannot be kept."""
+        self._check_queue()
         due = self._due(job)
         waiting = [*self._prefilling, *(entry[-1] for entry in sorted(self._queue) if entry[0] <= due)]
         # Who comes when nobody else is here is taken, whatever is expected: a governor that refused everybody after

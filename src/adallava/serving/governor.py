@@ -83,15 +83,11 @@ class Governor:
         return Decision(Budget.of_k(self.config, k), new_tokens, remark)
 
     def wait_ms(self, job: Job, waiting: Sequence[Job], rows: int) -> float:
-        """How much later than the objective ``job`` would have its first token behind ``waiting``, at least.
-
-        A job that is not prepared yet is taken to be as short as the shortest of those who wait.
-        """
+        """How much later than the objective ``job`` would have its first token behind ``waiting``, at least."""
         if self.objective_ms is None or self.forecaster is None:
             return 0.0
-        before = [self._first_ms(other, self._k_of(other), rows)[1] for other in waiting]
-        own = min(before, default=0.0) if job.prepared is None else self._first_ms(job, 0, rows)[1]
-        return sum(before) + own + job.elapsed_ms - self.objective_ms
+        before = sum(self._first_ms(other, self._k_of(other), rows)[1] for other in waiting)
+        return before + self._first_ms(job, 0, rows)[1] + job.elapsed_ms - self.objective_ms
 
     def check(self, job: Job) -> None:
         """Raise ``BudgetError`` for a deadline that could not be kept if nobody else were here."""
