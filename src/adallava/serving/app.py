@@ -59,7 +59,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 _WATCH_S = 0.2
 _READERS = 4
-_BEARER = HTTPBearer(auto_error=False)
+_KNOWN = [Depends(HTTPBearer(auto_error=False))]
+"""For the description: ``_Gate`` asks for the key, before a body is read."""
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,6 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     _handle_errors(app, metrics)
     card = ModelCard(id=settings.name, created=now(), budgets=[str(b) for b in engine.vlm.reachable_budgets()])
 
-    known = [Depends(_BEARER)]  # for the description; ``_Gate`` asks for the key before a body is read
-    # Pictures are decoded on so many threads at once: what is not decoded yet is small.
-    reading = anyio.CapacityLimiter(_READERS)
-
     @app.get("/healthz", responses={503: {"model": Health}})
     async def healthz() -> Response:
         load = engine.load
@@ -129,16 +126,24 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     async def told() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models", dependencies=known, responses={401: _ERRORS[401]})
+    @app.get("/v1/models", dependencies=_KNOWN, responses={401: _ERRORS[401]})
     def models() -> ModelList:
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{name:path}", dependencies=known, responses={s: _ERRORS[s] for s in (400, 401, 404)})
+    @app.get("/v1/models/{name:path}", dependencies=_KNOWN, responses={s: _ERRORS[s] for s in (400, 401, 404)})
     def model(name: str) -> ModelCard:
         _check_name(name, settings)
         return card
 
-    @app.post("/v1/chat/completions", dependencies=known, responses=_ERRORS, response_model=ChatReply)
+    _add_chat(app, engine, settings, metrics)
+    return app
+
+
+def _add_chat(app: FastAPI, engine: Engine, settings: ServeSettings, metrics: Metrics) -> None:
+    # Pictures are decoded on so many threads at once: what is not decoded yet is small.
+    reading = anyio.CapacityLimiter(_READERS)
+
+    @app.post("/v1/chat/completions", dependencies=_KNOWN, responses=_ERRORS, response_model=ChatReply)
     async def chat(body: ChatRequest, request: Request) -> Any:
         arrived = time.perf_counter()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -160,9 +165,6 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
         try:
             job = await anyio.to_thread.run_sync(accept, limiter=reading)
-        except Exception as error:
-            raise _refused(error, metrics) from error
-        try:
             begun = await _first(events, request, job)
         except Exception as error:
             raise _refused(error, metrics) from error
@@ -184,8 +186,6 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
             usage=usage(begun, ended.new_tokens),
             adallava=facts(begun, ended),
         )
-
-    return app
 
 
 # -- one answer -------------------------------------------------------------------------------------------------------

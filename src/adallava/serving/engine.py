@@ -140,9 +140,7 @@ class Engine:
         self.governor.check(job)
         if job.budget is not None:
             self._check_budget(job, job.budget)
-        if (max(job.prepared.batch.last_lengths[0]) + ROOM) * self._token_bytes(
-            self._most_k(job)
-        ) > self.limits.kv_bytes:
+        if _kv_bytes([self._most_of(job)]) > self.limits.kv_bytes:
             raise PromptError(f"its keys and values would not fit this server's {self.limits.kv_bytes:,} bytes.")
         with self._changed:
             self._check_open()
@@ -239,10 +237,8 @@ class Engine:
                 started = start(self.vlm, job.prepared, decision.budget, job.elapsed_ms)
             except BudgetError:  # it could have been kept when the job came
                 least = Budget.of_k(self.governor.config, 0)
-                started, remark = (
-                    start(self.vlm, job.prepared, least, job.elapsed_ms),
-                    "late: less time is left than the least of it takes",
-                )
+                started = start(self.vlm, job.prepared, least, job.elapsed_ms)
+                remark = "late: less time is left than the least of it takes"
             speech = Speech(sampling, self._decode, self._ends)
             text = speech.say(speech.choose(started.logits))
             begun = self._begun(job, started, queued, remark)
@@ -361,11 +357,12 @@ class Engine:
         rate = self.governor.rate
         return max(1.0, len(self._queue) / rate if rate else 1.0)
 
-    def _most_k(self, job: Job) -> int:
-        """The most that may be on for a job: what its budget buys, or everything where that is decided later."""
-        if job.budget is None or job.budget.unit != "share":
-            return self.governor.config.max_k
-        return job.budget.resolve(self.governor.config).k
+    def _most_of(self, job: Job) -> tuple[int, int]:
+        """A job's tokens and bytes for each, at most: what its budget buys, or everything where that comes later."""
+        assert job.prepared is not None
+        config, budget = self.governor.config, job.budget
+        k = budget.resolve(config).k if budget is not None and budget.unit == "share" else config.max_k
+        return max(job.prepared.batch.last_lengths[0]), self._token_bytes(k)
 
     def _token_bytes(self, k: int) -> int:
         """Bytes of keys and values for each token, at most."""
@@ -374,11 +371,9 @@ class Engine:
         return int(layers * 2 * spec.num_kv_heads * spec.head_dim * next(self.vlm.model.parameters()).element_size())
 
     def _reserved(self, more: Job | None = None) -> int:
-        """Bytes that all who decode, and ``more``, may come to hold: a batch is as long as its longest row."""
+        """Bytes that all who decode, and ``more``, may come to hold."""
         rows = [(one.length, one.token_bytes) for one in list(self._active)]
-        if more is not None and more.prepared is not None:
-            rows.append((max(more.prepared.batch.last_lengths[0]), self._token_bytes(self._most_k(more))))
-        return (max((length for length, _ in rows), default=0) + ROOM) * sum(each for _, each in rows)
+        return _kv_bytes(rows if more is None else [*rows, self._most_of(more)])
 
     def _check_open(self) -> None:
         if self._stopping:
@@ -389,3 +384,8 @@ class Engine:
         assert job.prepared is not None
         clock = self.vlm.profiles.get(self.vlm, self.vlm.token_selection, budget) if budget.timed else None
         resolve_budgets([budget], self.vlm.adaptive_config, self.vlm.spec, job.prepared.batch, clock)
+
+
+def _kv_bytes(rows: Sequence[tuple[int, int]]) -> int:
+    """Bytes that rows of (tokens, bytes for each) come to hold together: a batch is as long as its longest row."""
+    return (max((tokens for tokens, _ in rows), default=0) + ROOM) * sum(each for _, each in rows)
