@@ -20,7 +20,7 @@ from adallava.cost.work import DECODE, PREFILL, decode_work, prefill_work
 from adallava.errors import ProfileError
 
 CONFIG = AdaptiveConfig(variant="L", num_layers=12, num_heads=4, num_kv_heads=4, hidden_size=64, prefix_layers=6)
-TRUE = {"fixed": 3.0, "image": 4.0, "prefix token": 0.01, "layer on": 0.4, "unit token": 0.02}
+TRUE = {"fixed": 3.0, "image": 4.0, "token": 0.01, "layer on": 0.4, "unit token": 0.02}
 PRINT = {"model": "m", "threads": "2"}
 
 

@@ -53,12 +53,12 @@ def test_tokens_and_scores_follow_the_lengths_of_each_layer():
     work = prefill_work(made, lengths, [3, 1], 2)
     told = named(PREFILL, work)
     assert (told["fixed"], told["row"], told["image"]) == (1, 2, 2)
-    assert (told["prefix token"], told["prefix score"]) == (24, 100 + 64 + 9 + 9)
+    assert (told["token"], told["score"]) == (24 + 15, 100 + 64 + 9 + 9 + 57)
     assert (told["unit token"], told["unit score"]) == (3 * 4 + 1 * 3, 3 * 16 + 1 * 9)
     assert told["layer on"] == 3  # the first row runs them all
     assert work.extent == {"tokens": 10, "rows": 2, "images": 2}
     step = named(DECODE, decode_work(made, lengths, [3, 1]))
-    assert (step["prefix key"], step["unit"], step["unit key"]) == (24, 4, 15)
+    assert (step["key"], step["unit"], step["unit key"]) == (24 + 15, 4, 15)
 
 
 def test_rows_that_choose_different_layers_touch_more_of_them():
@@ -68,7 +68,7 @@ def test_rows_that_choose_different_layers_touch_more_of_them():
 
 def test_a_base_model_is_all_prefix():
     told = named(PREFILL, prefill_work(None, [[10, 10, 6]], [0], 1))
-    assert told["prefix token"] == 26
+    assert told["token"] == 26
     assert not any(told[name] for name in ("layer on", "unit token", "unit score", "slice", "layer in part"))
 
 

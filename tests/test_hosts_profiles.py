@@ -15,6 +15,7 @@ from adallava.evaluation.samples import SampleFile
 from adallava.hosts.budgets import Batch, resolve_budgets
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
+from adallava.hosts.threads import CoreMeter
 from matrix import IMAGES, options
 from tiny import processor, tiny_base, tiny_vlm
 
@@ -37,6 +38,7 @@ def profile_of(vlm, **changes):
 @pytest.fixture
 def vlm(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(CoreMeter, "others", lambda self: 0.0)  # whatever else runs beside the tests
     made = tiny_vlm()
     made.profiles.use(profile_of(made))
     return made

@@ -44,7 +44,6 @@ _WORDS = [
 _PICTURE = 336
 _WARM_UP_CALLS = 3
 _WARM_UP_SECONDS = 2.0
-_WITHOUT_IMAGE = 8  # one request in so many
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class CalibrationSettings:
     """Requests answered together."""
     words: tuple[int, int] = (4, 256)
     """Fewest and most words of a question."""
+    without_image: int = 3
+    """One request in so many: quickly measured, and what they take says most about what is paid in any case."""
     new_tokens: int = 5
     """Tokens of an answer: the first tells about the prefill, the others about decoding."""
     image: Image.Image | None = None
@@ -71,6 +72,8 @@ class CalibrationSettings:
             raise ConfigError(f"batch_sizes is {self.batch_sizes!r}, expected whole numbers of 1 or more.")
         if not 1 <= self.words[0] <= self.words[1]:
             raise ConfigError(f"words is {self.words!r}, expected the fewest and the most words of a question.")
+        if self.without_image < 2:
+            raise ConfigError(f"without_image is {self.without_image!r}, expected one request in 2 or more.")
         if self.new_tokens < 2:
             raise ConfigError(f"new_tokens is {self.new_tokens!r}, expected 2 or more: decoding is measured too.")
 
@@ -167,7 +170,7 @@ def random_batches(vlm: AdaptiveVLM, settings: CalibrationSettings) -> Iterator[
     lengths = _deck(rng, sorted({round(least * (most / least) ** (i / 7)) for i in range(8)}))
     budgets = _deck(rng, vlm.reachable_budgets())
     sizes = _deck(rng, settings.batch_sizes)
-    pictures = _deck(rng, [picture] * (_WITHOUT_IMAGE - 1) + [None])
+    pictures = _deck(rng, [picture] * (settings.without_image - 1) + [None])
     while True:
         yield [
             Request(random_question(rng, next(lengths)), next(pictures), budget=next(budgets))

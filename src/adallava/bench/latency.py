@@ -31,7 +31,7 @@ from adallava.errors import BudgetError
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.results import ResultRow, provenance
 
-CALIBRATION_SECONDS = 40.0
+CALIBRATION_SECONDS = 50.0
 _SLOWDOWN_REQUESTS = 15
 _SETTLE_SECONDS = 1.0
 _CORRECTED = {"profile": False, "corrected": True}
@@ -75,6 +75,11 @@ def _model(settings: BenchSettings) -> AdaptiveVLM:
     return AdaptiveVLM.adapt(base, random_processor(base), variant="L").eval()
 
 
+def _asked(seed: int) -> CalibrationSettings:
+    """Requests to be judged by: most are about a picture, as users' are."""
+    return CalibrationSettings(without_image=8, seed=seed)
+
+
 def _row(settings: BenchSettings, vlm: AdaptiveVLM, config: dict[str, object], metrics: dict[str, object]) -> ResultRow:
     variant = vlm.adaptive_config.variant if vlm.adaptive_config is not None else None
     origin = provenance(device=vlm.device, dtype=next(vlm.model.parameters()).dtype, seed=settings.seed)
@@ -93,7 +98,7 @@ def _requests(
     forecasters = {name: Forecaster(profile, correct=correct) for name, correct in _CORRECTED.items()}
     told: dict[str, list[_Outcome]] = {name: [] for name in forecasters}
     refused = dict.fromkeys(forecasters, 0)
-    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 2))
+    batches = random_batches(vlm, _asked(settings.seed + 2))
     # The first requests of a condition are where the correction learns; they count like the others.
     for number in range(settings.rounds + 1):
         request = next(batches)[0]
@@ -172,7 +177,7 @@ def _slowdown(vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings)
     """Median of measured over foretold under the present condition."""
     recorder = Recorder()
     vlm.profiles.use(Forecaster(profile, correct=False))
-    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 3))
+    batches = random_batches(vlm, _asked(settings.seed + 3))
     with vlm.profiles.recorded_by(recorder):
         for requests in itertools.islice(batches, _SLOWDOWN_REQUESTS):
             ask(vlm, requests, 2)
@@ -186,7 +191,7 @@ def _predictions(
     vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings
 ) -> Iterator[tuple[dict[str, object], dict[str, object]]]:
     """Errors of three ways to foretell fresh prefills: the profile, time in proportion to FLOPs, and the roofline."""
-    batches = random_batches(vlm, CalibrationSettings(seed=settings.seed + 4))
+    batches = random_batches(vlm, _asked(settings.seed + 4))
     recorder, flops, roofline, spec = Recorder(), list[float](), list[float](), vlm.spec
     device = measured_device(vlm.device, next(vlm.model.parameters()).dtype)
     with vlm.profiles.recorded_by(recorder):

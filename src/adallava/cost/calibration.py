@@ -25,12 +25,11 @@ from adallava.budget import Forecast
 from adallava.cost.work import DECODE, PREFILL, Work
 from adallava.errors import ProfileError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LEVEL = 0.95
 MINIMUM_HELD_OUT = math.ceil(LEVEL / (1 - LEVEL))  # fewer cannot say what 95 % stay below
 MINIMUM_MEASUREMENTS = 2 * MINIMUM_HELD_OUT
 _MOST_BUCKETS = 3
-_FIT_SHARE = 0.4
 _REWEIGHTINGS = 30
 
 
@@ -167,7 +166,7 @@ def fit_profile(
 
 
 def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, seed: int = 0) -> StageModel:
-    """Fit one stage on a random part of the measurements, and take its bounds from the rest."""
+    """Fit one stage on half of the measurements, and take its bounds from the other half."""
     if len(measurements) < MINIMUM_MEASUREMENTS:
         raise ProfileError(
             f"{len(measurements)} measurements are too few for an upper bound that holds in {LEVEL:.0%} of cases; "
@@ -177,9 +176,7 @@ def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, s
     ms = np.array([one.ms for one in measurements], dtype=np.float64)
     if not np.isfinite(ms).all() or ms.min() <= 0:
         raise ProfileError(f"measured times lie between {ms.min():g} and {ms.max():g} ms, expected all above 0.")
-    fitted = min(round(_FIT_SHARE * len(ms)), len(ms) - MINIMUM_HELD_OUT)
-    order = np.random.default_rng(seed).permutation(len(ms))
-    seen, unseen = order[:fitted], order[fitted:]
+    seen, unseen = _halves(work, np.random.default_rng(seed))
     coefficients = _fit(work[seen], ms[seen])
     if not coefficients.any():
         raise ProfileError("the measured times do not depend on the work. Measure again on a quieter machine.")
@@ -199,6 +196,20 @@ def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, s
         mape=float(np.abs(1 - 1 / ratios).mean()),
         ratios=tuple(sorted(ratios.tolist())),
     )
+
+
+def _halves(work: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Measurements to fit and to hold out: of any two that are next to each other in size, one each, by lot.
+
+    So the fit knows all sizes, of which there may be few of a kind. The lot does not know the times: what is held out
+    remains exchangeable with what is to come.
+    """
+    size = (work / np.maximum(work.max(0), 1e-300)).sum(1)
+    order = np.argsort(size, kind="stable")
+    first = rng.integers(0, 2, len(order) // 2)
+    at = 2 * np.arange(len(order) // 2)
+    seen = order[at + first]
+    return seen, np.setdiff1d(order, seen)
 
 
 def conformal_bound(values: Sequence[float] | NDArray[np.float64], level: float = LEVEL) -> float:

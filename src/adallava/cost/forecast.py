@@ -2,45 +2,54 @@
 
 A profile is of a device as busy as it was when it was measured. When other programs take cores, everything takes longer
 by a factor that the next few requests show. So the forecast is the profile's times a level, the median of the last few
-ratios of measured to foretold; and the upper bound is the profile's times that level times the largest surprise of the
-last twenty requests: the next one is larger in one case of twenty-one, as long as surprises are exchangeable.
+ratios of measured to foretold. The upper bound is the profile's times that level times what surprises stay below: the
+conformal bound of those of the last twenty requests and of twenty that stand for the profile's own measurements. So one
+slow request is not taken for the rule, two are, for twenty requests; and much is known before the first twenty.
+
+Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
+proportion to threads, which it is at worst, then by what they took.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from adallava.budget import Forecast
-from adallava.cost.calibration import MINIMUM_HELD_OUT, DeviceProfile, StageModel, conformal_bound
+from adallava.cost.calibration import DeviceProfile, StageModel, conformal_bound
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
 
 # Chosen on recorded times of the mini models and a 16-layer model of width 1024, idle and beside a busy program
 # (docs/LOG.md): a longer median is slower to notice, a longer window slower to forgive.
 _LEVEL_OF = 5
-_SURPRISES = MINIMUM_HELD_OUT + 1
+_SURPRISES = 20
+_CALM = 20
 _BUSY = 1.1
 
 
 class Correction:
-    """How much longer one stage takes than its profile says, from the requests so far."""
+    """How much longer one stage takes than its profile says, from the requests so far.
 
-    def __init__(self) -> None:
+    calm: measured over bound, of the profile's own measurements. first: measured over foretold, before any request.
+    """
+
+    def __init__(self, calm: Sequence[float], first: float = 1.0) -> None:
+        self._calm, self._first = list(calm), first
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
-        # Measured over bound. Until something else is known, the profile's bound is right.
-        self._surprises: deque[float] = deque([1.0] * _SURPRISES, maxlen=_SURPRISES)
+        self._surprises: deque[float] = deque(maxlen=_SURPRISES)
 
     @property
     def level(self) -> float:
-        """Measured over foretold, lately; 1 until a few requests were seen."""
-        return statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else 1.0
+        """Measured over foretold, lately; what was taken for granted until a few requests were seen."""
+        return statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else self._first
 
     @property
     def bound(self) -> float:
         """Upper bound over the profile's bound."""
-        return self.level * conformal_bound(list(self._surprises))
+        return self.level * conformal_bound([*self._calm, *self._surprises])
 
     def observe(self, measured_ms: float, foretold: Forecast) -> None:
         """Learn from a request that the profile, uncorrected, foretold like this."""
@@ -53,8 +62,20 @@ class Forecaster:
 
     def __init__(self, profile: DeviceProfile, *, correct: bool = True) -> None:
         self.profile, self.correct = profile, correct
-        self._corrections: dict[str, Correction] = {"prefill": Correction(), "decode": Correction()}
+        self._corrections = self._fresh()
+        self._learned = {self._measured_on: self._corrections}
         self._cold = True
+
+    @property
+    def _measured_on(self) -> int:
+        """CPU threads of the profile; 1 on another device."""
+        return int(self.profile.fingerprint.get("threads", 1))
+
+    def on_threads(self, threads: int) -> None:
+        """Foretell, and learn from, requests that run on so many CPU threads from now on."""
+        if threads not in self._learned:
+            self._learned[threads] = self._fresh(max(1.0, self._measured_on / threads))
+        self._corrections = self._learned[threads]
 
     def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
@@ -100,3 +121,16 @@ class Forecaster:
                 f"'adallava calibrate {self.profile.model}'."
             )
         return self.profile.decode
+
+    def _fresh(self, first: float = 1.0) -> dict[str, Correction]:
+        models = {"prefill": self.profile.prefill, "decode": self.profile.decode}
+        return {stage: Correction(_calm(model), first) for stage, model in models.items() if model is not None}
+
+
+def _calm(model: StageModel) -> list[float]:
+    """Measured over bound, of measurements that stand for all that the bound comes from; alone, they give it again."""
+    if not model.ratios:
+        return [1.0] * _CALM
+    bound = conformal_bound(model.ratios)
+    ranks = ((2 * i + 1) * len(model.ratios) // (2 * _CALM) for i in range(_CALM))
+    return [min(1.0, model.ratios[rank] / bound) for rank in ranks]

@@ -18,16 +18,17 @@ PREFILL = (
     "fixed",
     "image",
     "row",
-    "prefix token",
-    "prefix score",
+    "token",
+    "score",
     "layer on",
     "unit token",
     "unit score",
     "layer in part",
     "slice",
 )
-"""Vision (per image), prefix (per token and layer, and per query-key pair), units run, and what is paid in any case."""
-DECODE = ("fixed", "row", "prefix key", "layer on", "unit", "unit key", "layer in part", "slice")
+"""Vision (per image); per token and layer run, and per query-key pair; what units, which are layers beyond the prefix,
+cost more than layers of the prefix do; and what is paid in any case. Of one kind of layer one number is measured."""
+DECODE = ("fixed", "row", "key", "layer on", "unit", "unit key", "layer in part", "slice")
 """The same for one step, which processes one token per row and reads the keys before it."""
 
 
@@ -52,15 +53,17 @@ def prefill_work(
     """
     prefix, tail = _split(config, lengths, k)
     units = _units(config, k)
+    unit_tokens = sum(u * _mean(row) for u, row in zip(units, tail, strict=True))
+    unit_scores = sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True))
     features = (
         1.0,
         float(images),
         float(len(lengths)),
-        float(sum(map(sum, prefix))),
-        float(sum(t * t for row in prefix for t in row)),
+        sum(map(sum, prefix)) + unit_tokens,
+        sum(t * t for row in prefix for t in row) + unit_scores,
         _layers_on(config, k),
-        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
-        sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True)),
+        unit_tokens,
+        unit_scores,
         sum(_layers_in_part(config, each) for each in k),
         sum(_slices(config, each) for each in k),
     )
@@ -71,13 +74,14 @@ def decode_work(config: AdaptiveConfig | None, contexts: Sequence[Sequence[int]]
     """Return the work of one decoding step, with features ``DECODE``; contexts: keys each layer reads, [B][layers]."""
     prefix, tail = _split(config, contexts, k)
     units = _units(config, k)
+    unit_keys = sum(u * _mean(row) for u, row in zip(units, tail, strict=True))
     features = (
         1.0,
         float(len(contexts)),
-        float(sum(map(sum, prefix))),
+        sum(map(sum, prefix)) + unit_keys,
         _layers_on(config, k),
         sum(units),
-        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
+        unit_keys,
         sum(_layers_in_part(config, each) for each in k),
         sum(_slices(config, each) for each in k),
     )

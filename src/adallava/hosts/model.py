@@ -32,6 +32,7 @@ from adallava.hosts.profiles import Profiles
 from adallava.hosts.prompts import ImageSource, Message, Prompt, Request, encode, to_prompt
 from adallava.hosts.state import RequestState
 from adallava.hosts.switch import attach, detach, is_attached
+from adallava.hosts.threads import running_on
 from adallava.hosts.visual import Selector, as_selector, check_selector, select_images
 from adallava.plan import ExecutionPlan
 from adallava.scheduling.sampling import row_noise
@@ -280,47 +281,50 @@ class AdaptiveVLM(nn.Module):
         selector = self.token_selection if token_selection is None else self._selector(token_selection)
         budgets = [self._budget(request.budget) for request in requests]
         clock = self._clock(budgets, selector, kwargs)
-        prompts = [to_prompt(request) for request in requests]
-        inputs = moved(encode(self.processor, prompts), self.device, next(self.model.parameters()).dtype)
-        prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
-        watch = Stopwatch(self.device)
-        prepared, watch.started = time.perf_counter() - started, watch._now()
-        inputs, images = select_images(self.model, inputs, selector)
-        batch = Batch(
-            prompt_lengths(self.model, self.spec.num_layers, inputs, selector, int(self.adaptive_config is not None)),
-            images=sum(len(prompt.images) for prompt in prompts) if images is None else 0,
-            elapsed_ms=1e3 * (prepared + watch.selected()),
-            new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
-        )
-        resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock)
-        if self.adaptive_config is not None:
-            settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
-            state = self._prepare(inputs, resolved, selector, **settings)
-        elif plan is not None or mode is not None:
-            raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
-        elif selector.name != "none":
-            state = self._state(selector, torch.zeros(len(requests), dtype=torch.long), images=images)
-        else:
-            state = None
-        options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
-        options["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), watch])
-        if state is not None:
-            inputs["ada_state"] = state
-            if options.get("use_cache", True):
-                inputs["past_key_values"] = AdaptiveCache(state)
-        rows = len(requests) if one_sequence(kwargs) else 0
-        with evaluating(self), lent(self.graphs, state, rows, max(map(max, batch.last_lengths)) + 1):
-            out = self.model.generate(**inputs, **options)
-        sequences = out if isinstance(out, Tensor) else out.sequences
-        texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
-        lengths = self._lengths(inputs["attention_mask"], state, len(requests))
-        timing = watch.timing(prepared)
-        foretold = None
-        if one_sequence(kwargs):
-            ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
-            done = work_done(self.adaptive_config, batch, ran, timing)
-            foretold = self.profiles.account(selector, done, timing, batch.elapsed_ms)
-        return self._answers(texts, resolved, state, timing, prompt_tokens, lengths, foretold)
+        with running_on(self.profiles.threads(self, selector, timed=clock is not None)):
+            prompts = [to_prompt(request) for request in requests]
+            inputs = moved(encode(self.processor, prompts), self.device, next(self.model.parameters()).dtype)
+            prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+            watch = Stopwatch(self.device)
+            prepared, watch.started = time.perf_counter() - started, watch._now()
+            inputs, images = select_images(self.model, inputs, selector)
+            batch = Batch(
+                prompt_lengths(
+                    self.model, self.spec.num_layers, inputs, selector, int(self.adaptive_config is not None)
+                ),
+                images=sum(len(prompt.images) for prompt in prompts) if images is None else 0,
+                elapsed_ms=1e3 * (prepared + watch.selected()),
+                new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+            )
+            resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock)
+            if self.adaptive_config is not None:
+                settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
+                state = self._prepare(inputs, resolved, selector, **settings)
+            elif plan is not None or mode is not None:
+                raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
+            elif selector.name != "none":
+                state = self._state(selector, torch.zeros(len(requests), dtype=torch.long), images=images)
+            else:
+                state = None
+            options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
+            options["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), watch])
+            if state is not None:
+                inputs["ada_state"] = state
+                if options.get("use_cache", True):
+                    inputs["past_key_values"] = AdaptiveCache(state)
+            rows = len(requests) if one_sequence(kwargs) else 0
+            with evaluating(self), lent(self.graphs, state, rows, max(map(max, batch.last_lengths)) + 1):
+                out = self.model.generate(**inputs, **options)
+            sequences = out if isinstance(out, Tensor) else out.sequences
+            texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
+            lengths = self._lengths(inputs["attention_mask"], state, len(requests))
+            timing = watch.timing(prepared)
+            foretold = None
+            if one_sequence(kwargs):
+                ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
+                done = work_done(self.adaptive_config, batch, ran, timing)
+                foretold = self.profiles.account(selector, done, timing, batch.elapsed_ms)
+            return self._answers(texts, resolved, state, timing, prompt_tokens, lengths, foretold)
 
     def _budget(self, budget: object) -> Budget:
         """Read a budget; what is wrong with it for any input is told before the images are read."""

@@ -22,6 +22,7 @@ from adallava.cost.forecast import Forecaster
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
 from adallava.hosts.answer import Foretold, Timing
+from adallava.hosts.threads import CoreMeter, asked_threads
 from adallava.hosts.visual import Selector
 from adallava.results import device_name
 from adallava.selection import describe_selector
@@ -45,7 +46,7 @@ def fingerprint(vlm: AdaptiveVLM, selector: Selector | None = None) -> dict[str,
         "transformers": transformers.__version__,
         "adallava": __version__,
     }
-    return named if device.type != "cpu" else {**named, "threads": str(torch.get_num_threads())}
+    return named if device.type != "cpu" else {**named, "threads": str(asked_threads())}
 
 
 def _shape(vlm: AdaptiveVLM) -> str:
@@ -101,6 +102,7 @@ class Profiles:
         self._chosen: Forecaster | None = None
         self._found: dict[str, Forecaster] = {}
         self._recorder: Observer | None = None
+        self._meter = CoreMeter()
 
     @contextlib.contextmanager
     def recorded_by(self, recorder: Observer) -> Iterator[None]:
@@ -140,6 +142,19 @@ class Profiles:
     def in_use(self, selector: Selector) -> Forecaster | None:
         """The forecaster that ``use`` set, or that a budget in time or ``get`` has found; None before."""
         return self._chosen or self._found.get(describe_selector(selector))
+
+    def threads(self, vlm: AdaptiveVLM, selector: Selector, *, timed: bool) -> int:
+        """CPU threads on which a request is to run; the forecaster in use speaks for that many from now on.
+
+        Those that the program asks for; or, with a budget in time (``timed``) and a forecaster that follows the device,
+        as many of them as other programs leave cores for.
+        """
+        asked, forecaster = asked_threads(), self.in_use(selector)
+        if vlm.device.type != "cpu" or forecaster is None:
+            return asked
+        threads = min(asked, self._meter.free()) if timed and forecaster.correct else asked
+        forecaster.on_threads(threads)
+        return threads
 
     def account(
         self, selector: Selector, done: tuple[Work, Work | None], timing: Timing, elapsed_ms: float

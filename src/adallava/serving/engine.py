@@ -25,6 +25,7 @@ from adallava.hosts.joining import Joined, Row, join, part
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Prompt
 from adallava.hosts.stepping import Started, check_steps, counts_positions, prepare, start, step
+from adallava.hosts.threads import run_on
 from adallava.serving.governor import Governor
 from adallava.serving.jobs import Begun, Ended, Failed, Job, Limits, OverloadedError, Said, StoppedError
 from adallava.serving.speech import Speech
@@ -229,6 +230,7 @@ class Engine:
         """Prefill a job and let it join."""
         assert job.prepared is not None
         queued = job.elapsed_ms
+        run_on(self.vlm.profiles.threads(self.vlm, self.vlm.token_selection, timed=True))
         try:
             decision = self.governor.decide(job, waiting, len(self._active))
             sampling = replace(job.sampling, max_new_tokens=decision.new_tokens)

@@ -1,0 +1,100 @@
+"""CPU threads of requests with a budget in time: no more than other programs leave cores for.
+
+The threads that share an operation wait for the slowest of them. Where another program takes a core, one of them gets
+time slices only, and all take as long as it does, which no choice of k makes up for. So a request runs on as many
+threads as there are free cores; how long that takes is learned from requests (``adallava.cost.forecast``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+_WINDOW_S = 0.1  # the system counts in steps of up to a hundredth of a second
+_TAKEN = 0.35
+"""Share of a core from which on it counts as taken. A busy program beside as many threads as there are cores gets less
+than a whole one: of two cores two thirds."""
+_here = threading.local()
+"""``asked``: CPU threads that this thread of the program is to have, or None for as many as it has."""
+_lowered: dict[int, int] = {}
+"""What was asked for where a thread was given so many. PyTorch gives new threads what was last set anywhere."""
+
+
+def asked_threads() -> int:
+    """CPU threads that the program wants for what this thread of it computes, also while it runs on fewer."""
+    now = torch.get_num_threads()
+    if not hasattr(_here, "asked"):
+        return _lowered.get(now, now)
+    return _here.asked or now
+
+
+def run_on(threads: int) -> None:
+    """Use so many CPU threads for what this thread of the program computes from now on; ``asked_threads`` stays."""
+    asked = asked_threads()
+    _here.asked = None if threads == asked else asked
+    if threads != asked:
+        _lowered[threads] = asked
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def running_on(threads: int) -> Iterator[None]:
+    """``run_on`` for a while."""
+    run_on(threads)
+    try:
+        yield
+    finally:
+        run_on(asked_threads())
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Seconds: of the clock, that the cores were busy, and that this process kept them so."""
+
+    at: float
+    busy: float
+    own: float
+
+
+class CoreMeter:
+    """Counts the cores that other programs use, among those that this process may use."""
+
+    def __init__(self) -> None:
+        self._last, self._others = _read(), 0.0
+
+    def others(self) -> float:
+        """Cores' worth of time that other programs took lately: since this was last asked, but for 0.1 s at least."""
+        now, last = _read(), self._last
+        passed = now.at - last.at
+        if passed >= _WINDOW_S:
+            self._others = max(0.0, (now.busy - last.busy - (now.own - last.own)) / passed)
+            self._last = now
+        return self._others
+
+    def free(self) -> int:
+        """Cores that other programs leave, 1 at least."""
+        return max(1, len(_cores()) - math.floor(self.others() + 1 - _TAKEN))
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _read() -> _Reading:
+    each, cores = psutil.cpu_times(percpu=True), _cores()
+    # A container may be told of fewer cores than their numbers say.
+    counted = [each[core] for core in cores if core < len(each)] or each
+    parts = ("user", "nice", "system", "irq", "softirq")  # not every system tells all of them; guests are in user
+    busy = sum(getattr(times, part, 0.0) for times in counted for part in parts)
+    return _Reading(time.perf_counter(), busy, time.process_time())
