@@ -148,3 +148,13 @@ def test_mistakes():
         measure(BenchSettings("tinny"))
     wrong = CliRunner().invoke(app, ["bench", "selektion"])
     assert wrong.exit_code == 2 and "Did you mean 'selection'" in wrong.output
+
+
+def test_load_of_random_weights_has_no_right_answers(monkeypatch):
+    monkeypatch.setattr(load, "LOADS_OF_SHAPES", (1.0,))
+    monkeypatch.setattr(load, "CALIBRATION_SECONDS", 8.0)
+    rows = load.measure(BenchSettings("tiny", rounds=1, threads=1))
+    assert {row.config["policy"] for row in rows} == set(load.POLICIES)
+    for row in rows:
+        assert row.metrics["accuracy"] is None and row.metrics["right_frac"] is None
+        assert row.metrics["answered"] + round(20 * row.metrics["refused_frac"]) == 20

@@ -9,7 +9,7 @@ import pytest
 from adallava.config import AdaptiveConfig
 from adallava.cost.calibration import (
     LEVEL,
-    MINIMUM_MEASUREMENTS,
+    MINIMUM_HELD_OUT,
     DeviceProfile,
     Measurement,
     conformal_bound,
@@ -87,7 +87,17 @@ def test_buckets_know_where_times_are_less_sure():
     assert list(stage.edges_ms) == sorted(stage.edges_ms)
     assert stage.factors[0] > 1.3 > 1.1 > stage.factors[-1]
     assert stage.factor(0.0) == stage.factors[0] and stage.factor(1e9) == stage.factors[-1]
-    assert len(fit_stage(times(MINIMUM_MEASUREMENTS), PREFILL).factors) == 1
+
+
+def test_few_measurements_are_bounded_in_units_of_what_is_usual_for_each_bucket():
+    rng = np.random.default_rng(3)
+    made = [
+        replace(one, ms=one.ms * float(np.exp((0.2 if one.ms < 30 else 0.01) * rng.standard_normal())))
+        for one in times(60)
+    ]
+    stage = fit_stage(made, PREFILL)
+    assert stage.held_out < 3 * MINIMUM_HELD_OUT
+    assert stage.factors[0] > 1.2 > 1.1 > stage.factors[-1]
 
 
 def test_conformal_bound_is_the_right_order_statistic():

@@ -1,5 +1,6 @@
 """CPU threads beside other programs: counted, lowered for the length of a request, learned from apart."""
 
+import contextvars
 import multiprocessing
 import threading
 import time
@@ -9,7 +10,7 @@ import torch
 
 from adallava.cost.forecast import Forecaster
 from adallava.hosts import threads
-from adallava.hosts.threads import CoreMeter, asked_threads, run_on, running_on
+from adallava.hosts.threads import CoreMeter, apart, asked_threads, run_on, running_on
 from test_cost_calibration import PRINT, fit_profile, steps, times
 from test_cost_forecast import STEP, WORK
 from test_hosts_profiles import ask, profile_of
@@ -132,3 +133,12 @@ def test_a_forecaster_that_keeps_to_the_profile_keeps_its_threads(vlm, monkeypat
     vlm.profiles.use(Forecaster(profile_of(vlm), correct=False))
     ask(vlm, "1000000000 ms")
     assert set(vlm.ran_on) == {2}
+
+
+def test_work_done_apart_keeps_its_context_and_tells_what_went_wrong():
+    variable = contextvars.ContextVar("variable", default=0)
+    variable.set(7)
+    told = apart(lambda: (variable.get(), threading.current_thread().name))
+    assert told[0] == 7 and told[1] != threading.current_thread().name
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 / 0)

@@ -10,6 +10,7 @@ import torch
 from adallava.budget import Budget
 from adallava.errors import BudgetError, ConfigError, PromptError
 from adallava.hosts.prompts import Request, to_prompt
+from adallava.hosts.stepping import prepare
 from adallava.mini.questions import DESCRIBE
 from adallava.mini.scenes import sample_scene, to_image
 from adallava.serving.engine import Engine
@@ -324,3 +325,22 @@ def test_sampling_that_cannot_be(wrong):
 def test_limits_that_cannot_be(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Limits(**wrong)
+
+
+def test_only_the_engine_computes_on_several_threads(monkeypatch):
+    before, vlm, seen = torch.get_num_threads(), tiny_vlm(), {}
+
+    def preparing(*args):
+        seen["prepare"] = torch.get_num_threads()
+        return prepare(*args)
+
+    monkeypatch.setattr("adallava.serving.engine.prepare", preparing)
+    vlm.model.register_forward_pre_hook(lambda *_: seen.setdefault("prefill", torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        with Engine(vlm) as engine:
+            ask(engine, requests("llava")[0]).end()
+        assert seen == {"prepare": 1, "prefill": 3}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -20,7 +20,7 @@ import torch
 
 from adallava.bench import BenchSettings
 from adallava.bench.calibrate import CalibrationSettings, Recorder, ask, calibrate, random_batches
-from adallava.bench.models import SHAPES, random_llava, random_processor
+from adallava.bench.models import model_named
 from adallava.bench.peaks import measured_device
 from adallava.budget import Budget
 from adallava.cost import full_loads, pass_time_ms, plan_loads, prefill, projector_flops, vision_tower_flops
@@ -52,7 +52,7 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row for each condition and forecaster, and one for each way to foretell the calibration's measurements."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    vlm = _model(settings)
+    vlm = model_named(settings.model, settings.device)
     profile = calibrate(vlm, settings.model, CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed), save=False)
     foretold = _predictions(vlm, profile, settings)
     rows = [_row(settings, vlm, {"part": "prediction", **told}, metrics) for told, metrics in foretold]
@@ -64,15 +64,6 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
             config: dict[str, object] = {"part": "budgets", "condition": condition, "forecaster": name}
             rows.append(_row(settings, vlm, config, {"slowdown": slowdown, **_summary(outcomes, refused)}))
     return rows
-
-
-def _model(settings: BenchSettings) -> AdaptiveVLM:
-    if settings.model not in SHAPES:
-        return AdaptiveVLM.from_pretrained(settings.model, device=settings.device)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    base = random_llava(settings.model, device, dtype)
-    return AdaptiveVLM.adapt(base, random_processor(base), variant="L").eval()
 
 
 def _asked(seed: int) -> CalibrationSettings:

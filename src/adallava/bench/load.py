@@ -2,8 +2,9 @@
 
 The capacity is measured first: how many requests a second the whole model answers when there is always one more. Then,
 at multiples of that rate, the same questions come at the same random times under three policies: the governor, which
-gives each request what the load allows, and fixed budgets of 100 % and 60 %. Questions are the mini benchmark's, so
-that less work shows as fewer right answers; a refused request is no right answer, and not in time.
+gives each request what the load allows, and fixed budgets of 100 % and 60 %. Mini models get questions of the mini
+benchmark, so that less work shows as fewer right answers; a refused request is no right answer, and not in time. Models
+of random weights get a picture of noise and random words, to which there is no right answer.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 
 from adallava.bench import BenchSettings
-from adallava.bench.calibrate import CalibrationSettings, calibrate
+from adallava.bench.calibrate import CalibrationSettings, calibrate, noise_picture, random_question
+from adallava.bench.models import SHAPES, model_named
 from adallava.budget import Budget
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.prompts import Prompt, to_prompt
+from adallava.hosts.threads import apart
 from adallava.mini.questions import FAMILIES, Item, benchmark
 from adallava.mini.scenes import to_image
 from adallava.mini.scoring import score
@@ -32,6 +35,8 @@ from adallava.serving.jobs import Begun, Ended, Event, Failed, Job, Limits, Over
 from adallava.serving.speech import Sampling
 
 LOADS = (0.5, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0)
+LOADS_OF_SHAPES = (0.5, 1.0, 1.4, 2.0, 3.0)
+"""Of models of random weights, which take longer."""
 POLICIES: dict[str, Budget | None] = {
     "governor": None,
     "fixed 100%": Budget.parse("100%"),
@@ -42,7 +47,8 @@ REQUESTS_PER_ROUND = 20
 """Of a load are asked ``rounds`` times as many requests."""
 OBJECTIVE_OVER_IDLE = 8.0
 """The objective, in median first tokens of the whole model when nobody else is there."""
-_TOKENS, _TIMEOUT_S = 6, 120.0
+_TOKENS, _TIMEOUT_S = 6, 600.0
+_WORDS = (4, 64)
 _SHORT = tuple(family for family in FAMILIES if family != "description")
 
 
@@ -71,18 +77,21 @@ class Asked:
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row for each load and policy."""
     torch.set_num_threads(settings.threads)
-    vlm = AdaptiveVLM.from_pretrained(settings.model, device=settings.device)
-    profile = calibrate(vlm, settings.model, CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed), save=False)
+    torch.manual_seed(settings.seed)
+    vlm = apart(lambda: model_named(settings.model, settings.device))
+    asking, loads = (noise, LOADS_OF_SHAPES) if settings.model in SHAPES else (questions, LOADS)
+    measured = CalibrationSettings(CALIBRATION_SECONDS, seed=settings.seed)
+    profile = apart(lambda: calibrate(vlm, settings.model, measured, save=False))
     count = REQUESTS_PER_ROUND * settings.rounds
-    objective = OBJECTIVE_OVER_IDLE * idle_ms(vlm, min(count, 40), settings.seed)
-    capacity = capacity_of(vlm, count, settings.seed)
+    objective = OBJECTIVE_OVER_IDLE * idle_ms(vlm, asking(min(count, 40), settings.seed))
+    capacity = capacity_of(vlm, asking(count, settings.seed + 1))
     rows = []
     origin = provenance(device=vlm.device, dtype=next(vlm.model.parameters()).dtype, seed=settings.seed)
-    for load in LOADS:
+    for load in loads:
         arrivals = poisson(count, load * capacity, settings.seed)
         for name, budget in POLICIES.items():
             vlm.profiles.use(profile)  # a fresh forecaster, which has learned nothing of the load before
-            asked = questions(count, settings.seed)
+            asked = asking(count, settings.seed)
             began = time.perf_counter()
             run(vlm, asked, budget, objective, arrivals)
             seconds = time.perf_counter() - began
@@ -97,6 +106,12 @@ def questions(count: int, seed: int) -> list[Asked]:
     items = [item for family in _SHORT for item in benchmark(family, seed, -(-count // len(_SHORT)))]
     random.Random(seed).shuffle(items)
     return [Asked(to_prompt(Request(item.question.text, to_image(item.scene))), item) for item in items[:count]]
+
+
+def noise(count: int, seed: int) -> list[Asked]:
+    """Random words about a picture of noise, which is what a model of random weights can be asked."""
+    rng, picture = random.Random(seed), noise_picture(seed)
+    return [Asked(to_prompt(Request(random_question(rng, rng.randint(*_WORDS)), picture))) for _ in range(count)]
 
 
 def poisson(count: int, rate: float, seed: int) -> list[float]:
@@ -145,18 +160,17 @@ def run(
     return asked
 
 
-def idle_ms(vlm: AdaptiveVLM, count: int, seed: int) -> float:
+def idle_ms(vlm: AdaptiveVLM, asked: Sequence[Asked]) -> float:
     """Median time to the first token of the whole model when nobody else is there."""
-    asked = run(vlm, questions(count, seed), POLICIES["fixed 100%"], each=True)
+    run(vlm, asked, POLICIES["fixed 100%"], each=True)
     return statistics.median(one.begun.first_token_ms for one in asked if one.begun)
 
 
-def capacity_of(vlm: AdaptiveVLM, count: int, seed: int) -> float:
+def capacity_of(vlm: AdaptiveVLM, asked: Sequence[Asked]) -> float:
     """Requests a second that the whole model answers when there is always one more."""
-    asked = questions(count, seed + 1)
     began = time.perf_counter()
     run(vlm, asked, POLICIES["fixed 100%"])
-    return count / (time.perf_counter() - began)
+    return len(asked) / (time.perf_counter() - began)
 
 
 def _summary(asked: Sequence[Asked], objective: float, seconds: float) -> dict[str, object]:
@@ -172,7 +186,7 @@ def _summary(asked: Sequence[Asked], objective: float, seconds: float) -> dict[s
         "goodput_per_s": len(within) / seconds,
         "answered": len(answered),
         "accuracy": sum(right) / len(right) if right else None,
-        "right_frac": sum(right) / len(asked),
+        "right_frac": sum(right) / len(asked) if asked[0].item else None,
         "mean_budget_frac": statistics.fmean(one.begun.plan.fraction[0] for one in answered if one.begun)
         if answered
         else None,

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.clip import CLIPImageProcessorPil
 
 from adallava.errors import ConfigError, did_you_mean
+from adallava.hosts.model import AdaptiveVLM
 
 # Layers, width, neurons, heads, words; then of the tower: layers, width, neurons, heads, patches per side.
 SHAPES = {
@@ -85,6 +86,14 @@ def random_processor(model: LlavaForConditionalGeneration) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
+
+
+def model_named(name: str, device: str) -> AdaptiveVLM:
+    """A checkpoint, or one of ``SHAPES`` as variant L with random weights, in bfloat16 unless on a CPU."""
+    if name not in SHAPES:
+        return AdaptiveVLM.from_pretrained(name, device=device)
+    base = random_llava(name, torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16)
+    return AdaptiveVLM.adapt(base, random_processor(base), variant="L").eval()
 
 
 def random_prompt(model: LlavaForConditionalGeneration, text_tokens: int, seed: int = 0) -> dict[str, torch.Tensor]:

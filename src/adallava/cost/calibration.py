@@ -4,7 +4,7 @@ Time is a linear function of the work (``adallava.cost.work``), prefill and deco
 squares on relative errors, reweighted so that single slow measurements count little. The bound is split-conformal:
 measurements that the fit has not seen say by which factor the truth exceeds the fit in 5 % of cases, for each bucket of
 predicted time (Lei et al., 2018; Vovk, 2012 for buckets). It holds for requests like those measured, on a device that
-is as busy as it was then; ``adallava.cost.correction`` follows a device that is busier.
+is as busy as it was then; ``adallava.cost.forecast`` follows a device that is busier.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ FORMAT_VERSION = 2
 LEVEL = 0.95
 MINIMUM_HELD_OUT = math.ceil(LEVEL / (1 - LEVEL))  # fewer cannot say what 95 % stay below
 MINIMUM_MEASUREMENTS = 2 * MINIMUM_HELD_OUT
-_MOST_BUCKETS = 3
+_MOST_BUCKETS, _LEAST_IN_BUCKET = 3, 5
+_FOLDS = 10
 _REWEIGHTINGS = 30
 
 
@@ -59,8 +60,8 @@ class StageModel:
     """Measurements that the factors come from."""
     mape: float
     """Mean absolute error of the held-out predictions, as a share of the measured time."""
-    ratios: tuple[float, ...] = ()
-    """Measured over predicted of the held-out measurements, ascending: what is normal for this device."""
+    surprises: tuple[float, ...] = ()
+    """Measured over bound of the held-out measurements, ascending: what is normal for this device."""
 
     def predict_ms(self, work: Work) -> float:
         """Expected milliseconds."""
@@ -88,7 +89,7 @@ class StageModel:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StageModel:
         """Inverse of ``dataclasses.asdict``, from JSON."""
-        lists = {name: tuple(data[name]) for name in ("edges_ms", "factors", "ratios")}
+        lists = {name: tuple(data[name]) for name in ("edges_ms", "factors", "surprises")}
         extent = {name: (least, most) for name, (least, most) in data["extent"].items()}
         return cls(**{**data, **lists, "extent": extent})
 
@@ -182,19 +183,20 @@ def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, s
         raise ProfileError("the measured times do not depend on the work. Measure again on a quieter machine.")
     predicted = work @ coefficients
     ratios = ms[unseen] / predicted[unseen]
-    edges = _edges(predicted[seen], predicted[unseen])
+    edges = _edges(predicted[seen])
     bucket = np.searchsorted(edges, predicted[unseen], side="right")
+    factors = _factors(_spreads(work[seen], ms[seen], predicted[seen], edges), ratios, bucket)
     names = measurements[0].work.extent
     sizes = {name: [one.work.extent[name] for one in measurements] for name in names}
     return StageModel(
         coefficients_ms=dict(zip(features, coefficients.tolist(), strict=True)),
         edges_ms=tuple(edges),
-        factors=tuple(conformal_bound(ratios[bucket == each]) for each in range(len(edges) + 1)),
+        factors=tuple(factors.tolist()),
         extent={name: (min(values), max(values)) for name, values in sizes.items()},
         fitted=len(seen),
         held_out=len(unseen),
         mape=float(np.abs(1 - 1 / ratios).mean()),
-        ratios=tuple(sorted(ratios.tolist())),
+        surprises=tuple(sorted((ratios / factors[bucket]).tolist())),
     )
 
 
@@ -236,11 +238,38 @@ def _fit(work: NDArray[np.float64], ms: NDArray[np.float64]) -> NDArray[np.float
     return np.asarray(found / scale, dtype=np.float64)
 
 
-def _edges(seen: NDArray[np.float64], unseen: NDArray[np.float64]) -> list[float]:
-    """Edges of as many buckets as leave enough held-out measurements in each; drawn from those already used."""
+def _edges(predicted: NDArray[np.float64]) -> list[float]:
+    """Edges of as many buckets as there are measurements for, equally full."""
     for buckets in range(_MOST_BUCKETS, 1, -1):
-        edges = np.quantile(seen, np.arange(1, buckets) / buckets).tolist()
-        counts = np.bincount(np.searchsorted(edges, unseen, side="right"), minlength=buckets)
-        if counts.min() >= MINIMUM_HELD_OUT and all(a < b for a, b in pairwise(edges)):
+        edges = np.quantile(predicted, np.arange(1, buckets) / buckets).tolist()
+        counts = np.bincount(np.searchsorted(edges, predicted, side="right"), minlength=buckets)
+        if counts.min() >= _LEAST_IN_BUCKET and all(a < b for a, b in pairwise(edges)):
             return edges
     return []
+
+
+def _spreads(
+    work: NDArray[np.float64], ms: NDArray[np.float64], predicted: NDArray[np.float64], edges: list[float]
+) -> NDArray[np.float64]:
+    """How far off a fit usually is in each bucket: the mean relative error of measurements left out of it."""
+    errors, fold = np.empty(len(ms)), np.arange(len(ms)) % min(_FOLDS, len(ms))
+    for out in range(fold.max() + 1):
+        rest = fold != out
+        errors[~rest] = np.abs(ms[~rest] / np.maximum(work[~rest] @ _fit(work[rest], ms[rest]), 1e-9) - 1)
+    bucket = np.searchsorted(edges, predicted, side="right")
+    return np.array([max(1e-4, float(errors[bucket == each].mean())) for each in range(len(edges) + 1)])
+
+
+def _factors(
+    spreads: NDArray[np.float64], ratios: NDArray[np.float64], bucket: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Upper bound over prediction for each bucket, from the held-out ratios of measured to predicted.
+
+    Where a bucket has too few of its own, those of all are taken in units of their buckets' spreads (Lei et al., 2018,
+    section 5.2), so that where the fit is good the bound is close.
+    """
+    scores = (ratios - 1) / spreads[bucket]
+    of_all = conformal_bound(scores)
+    own = [scores[bucket == each] for each in range(len(spreads))]
+    at_most = [conformal_bound(some) if len(some) >= MINIMUM_HELD_OUT else of_all for some in own]
+    return np.asarray(1 + spreads * np.array(at_most), dtype=np.float64)

@@ -129,8 +129,5 @@ class Forecaster:
 
 def _calm(model: StageModel) -> list[float]:
     """Measured over bound, of measurements that stand for all that the bound comes from; alone, they give it again."""
-    if not model.ratios:
-        return [1.0] * _CALM
-    bound = conformal_bound(model.ratios)
-    ranks = ((2 * i + 1) * len(model.ratios) // (2 * _CALM) for i in range(_CALM))
-    return [min(1.0, model.ratios[rank] / bound) for rank in ranks]
+    known = model.surprises or (1.0,)
+    return [min(1.0, known[(2 * i + 1) * len(known) // (2 * _CALM)]) for i in range(_CALM)]

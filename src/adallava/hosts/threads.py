@@ -1,23 +1,32 @@
-"""CPU threads of requests with a budget in time: no more than other programs leave cores for.
+"""CPU threads: as many as other programs leave cores for, and from one pool only.
 
 The threads that share an operation wait for the slowest of them. Where another program takes a core, one of them gets
 time slices only, and all take as long as it does, which no choice of k makes up for. So a request runs on as many
 threads as there are free cores; how long that takes is learned from requests (``adallava.cost.forecast``).
+
+Each thread of a program that ever computed in parallel keeps helpers of its own. While there are more of them than
+cores, OpenMP lets helpers sleep between operations, and waking them takes longer than the work of a small model. So a
+program that computes on several threads lets one of them have helpers (``run_on`` one for the others), or does its work
+``apart``.
 """
 
 from __future__ import annotations
 
+import contextvars
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
 
+_T = TypeVar("_T")
 _WINDOW_S = 0.1  # the system counts in steps of up to a hundredth of a second
 _TAKEN = 0.35
 """Share of a core from which on it counts as taken. A busy program beside as many threads as there are cores gets less
@@ -54,6 +63,13 @@ def running_on(threads: int) -> Iterator[None]:
         yield
     finally:
         run_on(asked_threads())
+
+
+def apart(work: Callable[[], _T]) -> _T:
+    """Do ``work`` on a thread of its own, whose helpers end with it; returns and raises what it does."""
+    context = contextvars.copy_context()
+    with ThreadPoolExecutor(1, "adallava-apart") as pool:
+        return pool.submit(context.run, work).result()
 
 
 @dataclass(frozen=True)

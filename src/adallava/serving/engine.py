@@ -25,7 +25,7 @@ from adallava.hosts.joining import Joined, Row, join, part
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Prompt
 from adallava.hosts.stepping import Started, check_steps, counts_positions, prepare, start, step
-from adallava.hosts.threads import run_on
+from adallava.hosts.threads import asked_threads, run_on, running_on
 from adallava.serving.governor import Governor
 from adallava.serving.jobs import Begun, Ended, Failed, Job, Limits, OverloadedError, Said, StoppedError
 from adallava.serving.speech import Speech
@@ -78,6 +78,7 @@ class Engine:
         self._joined: Joined | None = None
         self._prefilling: list[Job] = []
         self._stopping = self._finishing = False
+        self._threads = asked_threads()
         self._thread = threading.Thread(target=self._run, name="adallava-engine", daemon=True)
         ends = vlm.model.generation_config.eos_token_id
         self._ends = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
@@ -129,7 +130,7 @@ class Engine:
             )
         with self._changed:
             self._check_queue()  # before any work is done for it
-        with self._preparing:
+        with self._preparing, running_on(1):  # the helpers are the engine's
             job.prepared = prepare(self.vlm, job.prompt, job.sampling.max_new_tokens)
         job.prompt = Prompt([])  # its pictures are not needed any more
         tokens = max(job.prepared.batch.lengths[0])
@@ -174,6 +175,7 @@ class Engine:
     # -- its thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        run_on(self._threads)
         try:
             self._work()
         except Exception as error:  # nothing is known to raise here, and nobody may be left waiting if it does

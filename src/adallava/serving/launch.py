@@ -9,6 +9,7 @@ import torch
 from fastapi import FastAPI
 
 from adallava.hosts.model import AdaptiveVLM
+from adallava.hosts.threads import apart
 from adallava.serving.app import ServeSettings, create_app
 from adallava.serving.engine import Engine
 from adallava.serving.images import ImagePolicy
@@ -31,7 +32,7 @@ def application(
     """Load a model and make its application; see ``adallava serve --help`` for what is what."""
     if threads is not None:
         torch.set_num_threads(threads)
-    vlm = AdaptiveVLM.from_pretrained(model, **({} if device is None else {"device": device}))
+    vlm = apart(lambda: AdaptiveVLM.from_pretrained(model, **({} if device is None else {"device": device})))
     if token_selection is not None:
         vlm.token_selection = token_selection
     engine = Engine(vlm, Limits(**(limits or {})), objective_ms)

@@ -26,6 +26,7 @@ from adallava.hosts.looking import look
 from adallava.hosts.model import Request
 from adallava.hosts.prompts import to_prompt
 from adallava.hosts.stepping import prepare
+from adallava.hosts.threads import apart, running_on
 from adallava.plan import ExecutionPlan
 from adallava.serving.engine import Engine
 from adallava.serving.jobs import Begun, Ended, Event, Failed, Job, Said
@@ -103,7 +104,7 @@ class Studio:
 
     def __init__(self, names: Sequence[str]) -> None:
         """Load the models; ``ConfigError`` for one without a scheduler."""
-        self.models = {name: load(name, token_selection="none") for name in dict.fromkeys(names)}
+        self.models = apart(lambda: {name: load(name, token_selection="none") for name in dict.fromkeys(names)})
         for name, vlm in self.models.items():
             if vlm.adaptive_config is None:
                 raise ConfigError(f"{name} is a base model, which has no budgets. Name adaptive ones, such as mini-L.")
@@ -133,7 +134,8 @@ class Studio:
         forecaster = vlm.profiles.get(vlm, vlm.token_selection, "in ms")
         assert vlm.adaptive_config is not None
         began = time.perf_counter()
-        prepared = prepare(vlm, to_prompt(Request(question, image)), LONGEST)
+        with running_on(1):
+            prepared = prepare(vlm, to_prompt(Request(question, image)), LONGEST)
         elapsed = 1e3 * (time.perf_counter() - began)
         least, most = (
             forecaster.prefill(prepared.work(vlm, k), elapsed).upper_ms for k in (0, vlm.adaptive_config.max_k)
@@ -152,7 +154,8 @@ class Studio:
     def calibrate(self, name: str, progress: Callable[[float], None] = lambda _: None) -> None:
         """Measure this device for a model, so that budgets in milliseconds work; the profile is kept."""
         with self._alone():
-            calibrate(self.models[name], name, CalibrationSettings(CALIBRATION_SECONDS), progress=progress)
+            settings = CalibrationSettings(CALIBRATION_SECONDS)
+            apart(lambda: calibrate(self.models[name], name, settings, progress=progress))
 
     # -- one question -------------------------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class Studio:
         """Decide the plan, and see what the latency token looks at; ``BudgetError`` for what cannot be."""
         vlm = self.models[name]
         with self._alone():
-            seen = look(vlm, image, question, budget=budget, max_new_tokens=1, do_sample=False)
+            seen = apart(lambda: look(vlm, image, question, budget=budget, max_new_tokens=1, do_sample=False))
         answer = seen.answer
         assert answer.plan is not None and answer.budget is not None
         with contextlib.suppress(ConfigError):
@@ -223,7 +226,8 @@ class Studio:
                 self.calibrate(name)
             with self._alone():
                 vlm = self.models[name]
-                self._sustained[name] = capacity_of(vlm, 60, 0), OBJECTIVE_OVER_IDLE * idle_ms(vlm, 20, 0)
+                objective = OBJECTIVE_OVER_IDLE * idle_ms(vlm, questions(20, 0))
+                self._sustained[name] = capacity_of(vlm, questions(60, 1)), objective
         return self._sustained[name]
 
     def strain(self, name: str, times: float, seconds: float, policy: str, budget: Budget | None) -> Iterator[Strain]:
