@@ -16,6 +16,7 @@ from adallava.cli.main import app
 from adallava.cost import LayerLoad, ModelSpec
 from adallava.errors import ConfigError
 from adallava.results import read_rows
+from test_hosts_graphs import Recorder
 
 
 def test_everything_runs_once_per_round_in_changing_order():
@@ -158,3 +159,12 @@ def test_load_of_random_weights_has_no_right_answers(monkeypatch):
     for row in rows:
         assert row.metrics["accuracy"] is None and row.metrics["right_frac"] is None
         assert row.metrics["answered"] + round(20 * row.metrics["refused_frac"]) == 20
+
+
+def test_decoding_with_graphs_is_measured_where_there_are_any():
+    recorder = Recorder()
+    suite = speed.Suite(random_llava("tiny", torch.device("cpu")), BenchSettings("tiny", rounds=1, threads=1))
+    told = {one.name: one for one in suite.graphed(recorder)}
+    assert set(told) == {"L 100% with graphs, decode", "L 50% with graphs, decode"}
+    assert told["L 50% with graphs, decode"].share < told["L 100% with graphs, decode"].share
+    assert recorder.recorded == 4 and recorder.replayed > 0

@@ -51,6 +51,17 @@ def test_what_is_busy_beyond_this_process_is_others(clock):
     assert meter.free() == 1
 
 
+def test_a_system_that_does_not_tell_has_no_other_programs(monkeypatch):
+    def refuse(**_):
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(threads.psutil, "cpu_times", refuse)
+    monkeypatch.setattr(threads, "_cores", lambda: [0, 1])
+    meter = CoreMeter()
+    time.sleep(0.15)
+    assert (meter.others(), meter.free()) == (0.0, 2)
+
+
 def test_a_busy_process_is_seen():
     meter = CoreMeter()
     process = multiprocessing.get_context("spawn").Process(target=burn, daemon=True)
@@ -78,6 +89,7 @@ def test_a_request_gets_fewer_threads_and_the_program_its_own_back():
     run_on(1)
     assert asked_threads() == 2
     run_on(2)
+    assert in_a_new_thread(lambda: [run_on(1, asked=1), asked_threads()][-1]) == 1
     torch.set_num_threads(1)  # from now on the program wants one
     assert asked_threads() == 1
 

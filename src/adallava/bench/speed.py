@@ -28,6 +28,7 @@ from adallava.budget import Budget
 from adallava.cost import LayerLoad, ModelSpec, full_loads, plan_loads, prefill_flops
 from adallava.hosts.answer import Stopwatch
 from adallava.hosts.cache import AdaptiveCache
+from adallava.hosts.graphs import Capture, capture_cuda, use_graphs
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Request, encode, to_prompt
 from adallava.plan import ExecutionPlan, expand_tail
@@ -70,6 +71,8 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     suite = Suite(random_llava(settings.model, device, dtype), settings)
     measures = [*suite.single(), *suite.batched(), *suite.memory(), *suite.training(), *suite.loading()]
+    if device.type == "cuda":
+        measures += suite.graphed()  # last, because graphs stay
     config = {"model": settings.model, "prompt_tokens": suite.tokens, "new_tokens": NEW_TOKENS}
     config |= {"seed": settings.seed}
     origin = provenance(device=device, dtype=dtype, seed=settings.seed)
@@ -227,6 +230,18 @@ class Suite:
 
             told = self._rounds({"plain": plain, "ours": ours})
         return [self._ratio("loading", told, "ours", "plain", "load", 1.0, 0.10)]
+
+    def graphed(self, capture: Capture = capture_cuda) -> list[Measure]:
+        """Decoding with one graph per whole layer, replayed as the plan says, over the plain model's."""
+        use_graphs(self.vlms["L"], self.tokens + 1 + NEW_TOKENS, capture)
+        names = ("100%", "50%")
+        things: dict[str, Callable[[], Sample]] = {"plain": partial(self.plain, self.base, 1)}
+        told = self._rounds(things | {name: self.asking("L", (name,)) for name in names})
+        shares = [self._bytes_share([self._loads("L", name)]) for name in names]
+        return [
+            self._ratio(f"L {name} with graphs, decode", told, name, "plain", "decode", share, 0.03)
+            for name, share in zip(names, shares, strict=True)
+        ]
 
     # -- one thing, once ----------------------------------------------------------------------------------------------
 

@@ -45,9 +45,12 @@ def asked_threads() -> int:
     return _here.asked or now
 
 
-def run_on(threads: int) -> None:
-    """Use so many CPU threads for what this thread of the program computes from now on; ``asked_threads`` stays."""
-    asked = asked_threads()
+def run_on(threads: int, asked: int | None = None) -> None:
+    """Use so many CPU threads for what this thread of the program computes from now on.
+
+    asked: what the program wants for it, ``asked_threads`` from now on; as before when None.
+    """
+    asked = asked or asked_threads()
     _here.asked = None if threads == asked else asked
     if threads != asked:
         _lowered[threads] = asked
@@ -108,7 +111,11 @@ def _cores() -> list[int]:
 
 
 def _read() -> _Reading:
-    each, cores = psutil.cpu_times(percpu=True), _cores()
+    cores = _cores()
+    try:
+        each = psutil.cpu_times(percpu=True)
+    except (OSError, RuntimeError, psutil.Error):  # a system that does not tell has no other programs
+        each = []
     # A container may be told of fewer cores than their numbers say.
     counted = [each[core] for core in cores if core < len(each)] or each
     parts = ("user", "nice", "system", "irq", "softirq")  # not every system tells all of them; guests are in user

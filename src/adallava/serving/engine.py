@@ -175,7 +175,7 @@ class Engine:
     # -- its thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        run_on(self._threads)
+        run_on(self._threads, asked=self._threads)
         try:
             self._work()
         except Exception as error:  # nothing is known to raise here, and nobody may be left waiting if it does
@@ -232,8 +232,8 @@ class Engine:
         """Prefill a job and let it join."""
         assert job.prepared is not None
         queued = job.elapsed_ms
-        run_on(self.vlm.profiles.threads(self.vlm, self.vlm.token_selection, timed=True))
         try:
+            run_on(self.vlm.profiles.threads(self.vlm, self.vlm.token_selection, timed=True))
             decision = self.governor.decide(job, waiting, len(self._active))
             sampling = replace(job.sampling, max_new_tokens=decision.new_tokens)
             remark = decision.remark
