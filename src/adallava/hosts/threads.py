@@ -32,17 +32,12 @@ _TAKEN = 0.35
 """Share of a core from which on it counts as taken. A busy program beside as many threads as there are cores gets less
 than a whole one: of two cores two thirds."""
 _here = threading.local()
-"""``asked``: CPU threads that this thread of the program is to have, or None for as many as it has."""
-_lowered: dict[int, int] = {}
-"""What was asked for where a thread was given so many. PyTorch gives new threads what was last set anywhere."""
+"""``asked``: CPU threads that this thread of the program is to have, where it runs on another number of them."""
 
 
 def asked_threads() -> int:
     """CPU threads that the program wants for what this thread of it computes, also while it runs on fewer."""
-    now = torch.get_num_threads()
-    if not hasattr(_here, "asked"):
-        return _lowered.get(now, now)
-    return _here.asked or now
+    return getattr(_here, "asked", None) or torch.get_num_threads()
 
 
 def run_on(threads: int, asked: int | None = None) -> None:
@@ -52,10 +47,11 @@ def run_on(threads: int, asked: int | None = None) -> None:
     """
     asked = asked or asked_threads()
     _here.asked = None if threads == asked else asked
-    if threads != asked:
-        _lowered[threads] = asked
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+        if threads != asked:
+            # PyTorch gives threads to come what was last set on any; they are to get what the program wants.
+            apart(lambda: torch.set_num_threads(asked))
 
 
 @contextmanager
