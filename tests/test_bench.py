@@ -119,12 +119,19 @@ def test_exponents():
     assert scaling.exponent([(1, 1)]) is None
 
 
-@pytest.mark.parametrize(("name", "file"), [("speed", "speed-mid-cpu-third"), ("load", "load-mini-L-2threads")])
-def test_figures_of_published_rows(name, file, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "file", "figure"),
+    [
+        ("speed", "speed-mid-cpu-third", "speed"),
+        ("load", "load-mini-L-2threads", "load-mini-L"),
+        ("load", "load-small-2threads", "load-small"),
+    ],
+)
+def test_figures_of_published_rows(name, file, figure, tmp_path):
     rows = Path(__file__).parents[1] / "benchmarks" / "results" / f"{file}.json"
     shown = CliRunner().invoke(app, ["bench", name, "--rows", str(rows), "--figures", str(tmp_path)])
     assert shown.exit_code == 0, shown.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.png", f"{name}.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{figure}.png", f"{figure}.svg"]
     wrong = CliRunner().invoke(app, ["bench", "scaling", "--rows", str(rows)])
     assert wrong.exit_code == 2 and "has no rows of scaling" in wrong.output
 

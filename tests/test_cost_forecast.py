@@ -44,11 +44,13 @@ def test_a_busy_device_is_followed_and_forgiven():
     assert again.upper_ms <= 1.01 * calm.upper_ms
 
 
-@pytest.mark.parametrize(("slow", "bounded"), [([10], False), ([10, 15], True)])
+@pytest.mark.parametrize(("slow", "bounded"), [([1], False), ([10], False), ([10, 15], True)])
 def test_one_slow_request_is_no_rule_and_two_are_for_twenty_requests(slow, bounded):
     made, calm = forecaster(), forecaster().prefill(WORK)
     for i in range(20):
         made.observe(WORK, calm.ms * (5 if i in slow else 1))
+        if len(slow) == 1:
+            assert made.prefill(WORK).upper_ms < 2 * calm.ms
     assert made.prefill(WORK).ms == pytest.approx(calm.ms)
     assert (made.prefill(WORK).upper_ms >= 4.9 * calm.ms) == bounded
     for _ in range(20):

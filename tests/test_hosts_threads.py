@@ -31,7 +31,7 @@ def two_threads(monkeypatch):
 def clock(monkeypatch):
     """The system's accounts, made up: [seconds passed, busy, own] on four cores."""
     told = [0.0, 0.0, 0.0]
-    monkeypatch.setattr(threads, "_read", lambda: threads._Reading(*told))
+    monkeypatch.setattr(threads, "_read", lambda cores: threads._Reading(*told))
     monkeypatch.setattr(threads, "_cores", lambda: [0, 1, 2, 3])
     return told
 

@@ -85,6 +85,26 @@ def test_a_rate_that_could_not_be_kept_up_gets_less(vlm):
     assert k_of(governor, governor.decide(job(vlm), [], 0)) == 3
 
 
+def test_what_goes_by_beside_the_model_is_learned(vlm):
+    governor = Governor(vlm, 10_000.0)
+    for number in range(module._CYCLES):
+        assert governor.drag == 1.0
+        governor.decide(job(vlm), [], 1)
+        # Half as long again as prefill and step are foretold, but for one pause.
+        governor.passed(1.5 * (FIRST + 3 * EACH + STEP) if number != 7 else 60_000.0)
+    assert governor.drag == pytest.approx(1.5)
+    objective = 2 * bound(0) + 2 * STEP
+    assert Governor(vlm, objective).wait_ms(job(vlm), [job(vlm)], 1) <= 30
+    governor.objective_ms = objective
+    assert governor.wait_ms(job(vlm), [job(vlm)], 1) == pytest.approx(0.5 * objective, abs=30)
+    governor.decide(job(vlm), [], 1)
+    governor.passed(1.5 * (FIRST + 3 * EACH + STEP))
+    assert governor.drag == pytest.approx(1.5), "what was learned is not learned again on top"
+    governor.decide(job(vlm), [], 0)  # alone: taken in any case, and a slow hour is over
+    governor.passed(60_000.0)
+    assert governor.drag == 1.0
+
+
 def test_what_was_asked_for_is_given(vlm):
     governor = Governor(vlm, bound(0))
     decided = governor.decide(job(vlm, budget=Budget.parse("100%")), [job(vlm)] * 5, 3)

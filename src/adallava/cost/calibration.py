@@ -203,8 +203,8 @@ def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, s
 def _halves(work: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Measurements to fit and to hold out: of any two that are next to each other in size, one each, by lot.
 
-    So the fit knows all sizes, of which there may be few of a kind. The lot does not know the times: what is held out
-    remains exchangeable with what is to come.
+    So the fit knows all sizes, of which there may be few of a kind. The lot does not know the times, so what is held
+    out is still like what is to come.
     """
     size = (work / np.maximum(work.max(0), 1e-300)).sum(1)
     order = np.argsort(size, kind="stable")
@@ -251,13 +251,17 @@ def _edges(predicted: NDArray[np.float64]) -> list[float]:
 def _spreads(
     work: NDArray[np.float64], ms: NDArray[np.float64], predicted: NDArray[np.float64], edges: list[float]
 ) -> NDArray[np.float64]:
-    """How far off a fit usually is in each bucket: the mean relative error of measurements left out of it."""
+    """How far off a fit usually is in each bucket: the mean relative error of measurements left out of it.
+
+    The worst tenth is not counted, and one at least: a single slow measurement is no spread.
+    """
     errors, fold = np.empty(len(ms)), np.arange(len(ms)) % min(_FOLDS, len(ms))
     for out in range(fold.max() + 1):
         rest = fold != out
         errors[~rest] = np.abs(ms[~rest] / np.maximum(work[~rest] @ _fit(work[rest], ms[rest]), 1e-9) - 1)
     bucket = np.searchsorted(edges, predicted, side="right")
-    return np.array([max(1e-4, float(errors[bucket == each].mean())) for each in range(len(edges) + 1)])
+    usual = [np.sort(errors[bucket == each]) for each in range(len(edges) + 1)]
+    return np.array([max(1e-4, float(some[: -math.ceil(len(some) / 10)].mean())) for some in usual])
 
 
 def _factors(

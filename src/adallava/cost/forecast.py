@@ -3,8 +3,9 @@
 A profile is of a device as busy as it was when it was measured. When other programs take cores, everything takes longer
 by a factor that the next few requests show. So the forecast is the profile's times a level, the median of the last few
 ratios of measured to foretold. The upper bound is the profile's times that level times what surprises stay below: the
-conformal bound of those of the last twenty requests and of twenty that stand for the profile's own measurements. So one
-slow request is not taken for the rule, two are, for twenty requests; and much is known before the first twenty.
+conformal bound of those of the last twenty requests and of twenty that stand for the profile's own measurements, none
+of them above its bound. So one slow request is not taken for the rule, and two are, for twenty requests. On a device
+that is unlike what it was, this is the second largest of twenty, which nine in ten stay below.
 
 Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
 proportion to threads, which it is at worst, then by what they took.
@@ -25,8 +26,7 @@ from adallava.errors import ProfileError
 # Chosen on recorded times of the mini models and a 16-layer model of width 1024, idle and beside a busy program
 # (docs/LOG.md): a longer median is slower to notice, a longer window slower to forgive.
 _LEVEL_OF = 5
-_SURPRISES = 20
-_CALM = 20
+_SURPRISES = _CALM = 20
 _BUSY = 1.1
 
 
@@ -39,7 +39,7 @@ class Correction:
     def __init__(self, calm: Sequence[float], first: float = 1.0) -> None:
         self._calm, self._first = list(calm), first
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
-        self._surprises: deque[float] = deque(maxlen=_SURPRISES)
+        self._surprises = deque(self._calm, maxlen=_SURPRISES)
 
     @property
     def level(self) -> float:
@@ -63,7 +63,8 @@ class Forecaster:
     def __init__(self, profile: DeviceProfile, *, correct: bool = True) -> None:
         self.profile, self.correct = profile, correct
         self._corrections = self._fresh()
-        self._learned = {self._measured_on: self._corrections}
+        self._threads = self._measured_on
+        self._learned = {self._threads: self._corrections}
         self._cold = True
 
     @property
@@ -72,10 +73,13 @@ class Forecaster:
         return int(self.profile.fingerprint.get("threads", 1))
 
     def on_threads(self, threads: int) -> None:
-        """Foretell, and learn from, requests that run on so many CPU threads from now on."""
-        if threads not in self._learned:
+        """Foretell, and learn from, requests that run on so many CPU threads from now on.
+
+        What was learned of more threads is forgotten when they are free again: others had taken some of them then.
+        """
+        if threads not in self._learned or threads > self._threads:
             self._learned[threads] = self._fresh(max(1.0, self._measured_on / threads))
-        self._corrections = self._learned[threads]
+        self._corrections, self._threads = self._learned[threads], threads
 
     def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
@@ -99,8 +103,13 @@ class Forecaster:
             self._cold = False
             return
         self._corrections["prefill"].observe(first_ms, self.profile.prefill.forecast(prefill))
-        if decode is not None and step_ms is not None and self.profile.decode is not None:
-            self._corrections["decode"].observe(step_ms, self.profile.decode.forecast(decode))
+        if decode is not None and step_ms is not None:
+            self.observe_step(decode, step_ms)
+
+    def observe_step(self, work: Work, ms: float) -> None:
+        """Learn from a decoding step."""
+        if self.profile.decode is not None:
+            self._corrections["decode"].observe(ms, self.profile.decode.forecast(work))
 
     def _forecast(self, stage: str, work: Work) -> Forecast:
         plain = self._model(stage).forecast(work)

@@ -112,7 +112,13 @@ def step(vlm: AdaptiveVLM, joined: Joined, tokens: list[int]) -> tuple[Tensor, J
     if joined.cache.state.rope_deltas is None:
         # PaliGemma counts from one.
         inputs["position_ids"] = before + int(vlm.model.config.model_type == "paligemma")
+    began = _now(vlm.device)
     out = vlm.model(**inputs, past_key_values=joined.cache, use_cache=True, logits_to_keep=1)
+    if (observer := vlm.profiles.in_use(vlm.token_selection)) is not None:
+        plan = joined.cache.state.plan
+        assert plan is not None, "it was decided in the prefills"
+        contexts = [[int(tokens)] * vlm.spec.num_layers for tokens in before[:, 0].tolist()]
+        observer.observe_step(decode_work(vlm.adaptive_config, contexts, plan.k), 1e3 * (_now(vlm.device) - began))
     return out.logits[:, -1], replace(joined, mask=mask)
 
 

@@ -31,13 +31,16 @@ _WINDOW_S = 0.1  # the system counts in steps of up to a hundredth of a second
 _TAKEN = 0.35
 """Share of a core from which on it counts as taken. A busy program beside as many threads as there are cores gets less
 than a whole one: of two cores two thirds."""
+_setting = threading.Lock()
+"""Held while a number is set that is not meant for other threads."""
 _here = threading.local()
 """``asked``: CPU threads that this thread of the program is to have, where it runs on another number of them."""
 
 
 def asked_threads() -> int:
     """CPU threads that the program wants for what this thread of it computes, also while it runs on fewer."""
-    return getattr(_here, "asked", None) or torch.get_num_threads()
+    with _setting:
+        return getattr(_here, "asked", None) or torch.get_num_threads()
 
 
 def run_on(threads: int, asked: int | None = None) -> None:
@@ -47,11 +50,12 @@ def run_on(threads: int, asked: int | None = None) -> None:
     """
     asked = asked or asked_threads()
     _here.asked = None if threads == asked else asked
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
-        if threads != asked:
-            # PyTorch gives threads to come what was last set on any; they are to get what the program wants.
-            apart(lambda: torch.set_num_threads(asked))
+    with _setting:
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+            if threads != asked:
+                # PyTorch gives threads to come what was last set on any; they are to get what the program wants.
+                apart(lambda: torch.set_num_threads(asked))
 
 
 @contextmanager
@@ -84,11 +88,15 @@ class CoreMeter:
     """Counts the cores that other programs use, among those that this process may use."""
 
     def __init__(self) -> None:
-        self._last, self._others = _read(), 0.0
+        self._cores = _cores()  # once: a thread that OpenMP has bound knows of its own only
+        self._last, self._others = _read(self._cores), 0.0
 
     def others(self) -> float:
-        """Cores' worth of time that other programs took lately: since this was last asked, but for 0.1 s at least."""
-        now, last = _read(), self._last
+        """Cores' worth of time that other programs took since this was last asked, if that is 0.1 s ago at least.
+
+        After a pause it speaks of the pause: the first request after it may find the machine busier.
+        """
+        now, last = _read(self._cores), self._last
         passed = now.at - last.at
         if passed >= _WINDOW_S:
             self._others = max(0.0, (now.busy - last.busy - (now.own - last.own)) / passed)
@@ -97,7 +105,7 @@ class CoreMeter:
 
     def free(self) -> int:
         """Cores that other programs leave, 1 at least."""
-        return max(1, len(_cores()) - math.floor(self.others() + 1 - _TAKEN))
+        return max(1, len(self._cores) - math.floor(self.others() + 1 - _TAKEN))
 
 
 def _cores() -> list[int]:
@@ -106,14 +114,13 @@ def _cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def _read() -> _Reading:
-    cores = _cores()
+def _read(cores: list[int]) -> _Reading:
     try:
         each = psutil.cpu_times(percpu=True)
     except (OSError, RuntimeError, psutil.Error):  # a system that does not tell has no other programs
         each = []
-    # A container may be told of fewer cores than their numbers say.
-    counted = [each[core] for core in cores if core < len(each)] or each
+    # A container may be told of its own cores only, under other numbers.
+    counted = [each[core] for core in cores] if max(cores) < len(each) else each
     parts = ("user", "nice", "system", "irq", "softirq")  # not every system tells all of them; guests are in user
     busy = sum(getattr(times, part, 0.0) for times in counted for part in parts)
     return _Reading(time.perf_counter(), busy, time.process_time())

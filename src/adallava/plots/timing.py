@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,16 @@ def _grown(axes: Any, points: Sequence[ResultRow], exponents: Mapping[str, Mappi
 
 
 def load(rows: Sequence[ResultRow]) -> dict[str, Figure]:
-    """A server under load, by policy: who is in time, the slowest, how much of the model ran, right answers."""
+    """A server under load, by policy: who is in time, the slowest, how much of the model ran, right answers or rate."""
     panels = {
         "within_frac": ("First token within the objective (% of requests)", PERCENT, False),
         "first_token_ms_p95": ("First token, 95th percentile (ms)", 1.0, True),
         "mean_budget_frac": ("Mean budget (%)", PERCENT, False),
         "right_frac": ("Answered and right (% of requests)", PERCENT, False),
     }
+    if all(row.metrics["right_frac"] is None for row in rows):  # random weights know no answers
+        del panels["right_frac"]
+        panels["goodput_per_s"] = ("First tokens within the objective (a second)", 1.0, False)
     figure = Figure(figsize=(9.2, 6.4), layout="constrained")
     for axes, (number, (title, scale, logarithmic)) in zip(figure.subplots(2, 2).ravel(), panels.items(), strict=True):
         for policy, style in zip(dict.fromkeys(row.config["policy"] for row in rows), STYLES, strict=False):
@@ -106,13 +110,13 @@ def load(rows: Sequence[ResultRow]) -> dict[str, Figure]:
             axes.text(axes.get_xlim()[1], rows[0].metrics["objective_ms"], " the objective", fontsize=7, va="center")
             axes.set_yscale("log")
         else:
-            axes.set_ylim(0, 1.05 * PERCENT)
+            axes.set_ylim(0, 1.05 * PERCENT if scale == PERCENT else None)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("Load (times the whole model's capacity)", fontsize=9)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
-    return {"load": figure}
+    return {f"load-{Path(rows[0].config['model']).name}": figure}
 
 
 FIGURES: dict[str, Callable[[Sequence[ResultRow]], dict[str, Figure]]] = {

@@ -194,12 +194,15 @@ class Engine:
                 if self._stopping and not self._queue and not self._active:
                     return
                 job, waiting = self._next()
+            began = time.perf_counter()
             if job is not None:
                 self._admit(job, waiting)
                 self._prefilling = []
             self._leave()
             if self._active:
                 self._step()
+            if job is not None:
+                self.governor.passed(1e3 * (time.perf_counter() - began))
 
     def _next(self) -> tuple[Job | None, list[Job]]:
         """The next job to be prefilled, if there is room for it, and those behind it."""

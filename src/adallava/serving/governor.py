@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from adallava.budget import Budget
 from adallava.cost.forecast import Forecaster
@@ -22,6 +23,8 @@ _ARRIVALS = 32
 """Requests from whose arrivals the rate is measured."""
 _MOST_BUSY = 0.8
 """Share of the time that the rate may fill: beyond it a queue grows without end, near it for long."""
+_CYCLES = 20
+"""Admissions from which is learned what goes by beside the model, such as other threads that want the interpreter."""
 _RESERVE = 0.7
 """Share of the objective that is kept for requests that are about to come, while any wait (docs/LOG.md)."""
 
@@ -47,6 +50,8 @@ class Governor:
         self.forecaster = None if objective_ms is None else self._found()
         self._arrivals: deque[float] = deque(maxlen=_ARRIVALS)
         self._busy_ms: deque[float] = deque(maxlen=_ARRIVALS)
+        self._expected_ms: float | None = None
+        self._drags: deque[float] = deque(maxlen=_CYCLES)
 
     # -- what it learns -----------------------------------------------------------------------------------------------
 
@@ -57,6 +62,17 @@ class Governor:
     def ended(self, decode_ms: float) -> None:
         """Note what decoding a request took of the device: its share of each step that it was in."""
         self._busy_ms.append(decode_ms)
+
+    def passed(self, ms: float) -> None:
+        """Note how long it took to do what was decided last, with the step of the others that came after it."""
+        if self._expected_ms is not None:
+            self._drags.append(ms / self._expected_ms)
+        self._expected_ms = None
+
+    @property
+    def drag(self) -> float:
+        """Time that goes by over that of prefill and step, lately; 1 until some have been seen, and at least."""
+        return max(1.0, median(self._drags)) if len(self._drags) == _CYCLES else 1.0
 
     @property
     def rate(self) -> float:
@@ -78,6 +94,11 @@ class Governor:
         if job.budget is not None:
             return Decision(job.budget, new_tokens)
         k = self._by_load(job, waiting, rows)
+        if rows and self.forecaster is not None:
+            self._expected_ms = self._first_ms(job, k, rows)[0] / self.drag
+        elif self._drags:
+            # Who comes to an idle server is taken whatever is expected, and so a slow hour is forgotten.
+            self._drags.popleft()
         late = "" if self._in_time([job], k, rows, self.objective_ms or 0.0) else "late: "
         remark = f"{late}k = {k} of {self.config.max_k} under this load"
         return Decision(Budget.of_k(self.config, k), new_tokens, remark)
@@ -153,7 +174,7 @@ class Governor:
         forecast, between = self.forecaster.prefill(job.prepared.work(self.vlm, k)), 0.0
         if rows and self.forecaster.profile.decode is not None:
             between = self.forecaster.decode(job.prepared.step_work(self.vlm, k, rows)).ms
-        return forecast.ms + between, forecast.upper_ms + between
+        return self.drag * (forecast.ms + between), self.drag * (forecast.upper_ms + between)
 
     def _found(self) -> Forecaster:
         return self.vlm.profiles.get(self.vlm, self.vlm.token_selection, Budget.parse("1 ms"))
