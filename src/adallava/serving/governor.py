@@ -23,8 +23,8 @@ _ARRIVALS = 32
 """Requests from whose arrivals the rate is measured."""
 _MOST_BUSY = 0.8
 """Share of the time that the rate may fill: beyond it a queue grows without end, near it for long."""
-_CYCLES = 20
-"""Admissions from which is learned what goes by beside the model, such as other threads that want the interpreter."""
+_FEW, _CYCLES = 5, 20
+"""Admissions, at least and at most, from which is learned what goes by beside the model: others want the interpreter."""
 _RESERVE = 0.7
 """Share of the objective that is kept for requests that are about to come, while any wait (docs/LOG.md)."""
 
@@ -72,7 +72,7 @@ class Governor:
     @property
     def drag(self) -> float:
         """Time that goes by over that of prefill and step, lately; 1 until some have been seen, and at least."""
-        return max(1.0, median(self._drags)) if len(self._drags) == _CYCLES else 1.0
+        return max(1.0, median(self._drags)) if len(self._drags) >= _FEW else 1.0
 
     @property
     def rate(self) -> float:
