@@ -24,7 +24,7 @@ _ARRIVALS = 32
 _MOST_BUSY = 0.8
 """Share of the time that the rate may fill: beyond it a queue grows without end, near it for long."""
 _FEW, _CYCLES = 5, 20
-"""Admissions, at least and at most, from which is learned what goes by beside the model: others want the interpreter."""
+"""Admissions, at least and at most, from which is learned what goes by beside the model."""
 _RESERVE = 0.7
 """Share of the objective that is kept for requests that are about to come, while any wait (docs/LOG.md)."""
 
