@@ -130,8 +130,16 @@ def test_save_then_load_is_equal(host, variant, tmp_path):
     again = type(vlm).from_pretrained(tmp_path)
     first, second = (m.generate(IMAGES[0], "how many ?", budget="70%", **options(host)) for m in (vlm, again))
     assert (first.text, first.plan) == (second.text, second.plan)
-    inputs, k = inputs_of(vlm, "how many ?"), torch.tensor([1])
-    assert torch.equal(vlm(**inputs, k=k).logits, again(**inputs, k=k).logits)
+    assert_same_model(vlm, again)
+
+
+def assert_same_model(first, second):
+    """The same weights, to the bit; products of them hang on where they lie in memory, in the last digits."""
+    weights, others = first.state_dict(), second.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    inputs, k = inputs_of(first, "how many ?"), torch.tensor([1])
+    torch.testing.assert_close(first(**inputs, k=k).logits, second(**inputs, k=k).logits, rtol=0, atol=2e-5)
 
 
 @matrix
@@ -164,8 +172,7 @@ def test_adapter_only_folder_names_its_base(host, variant, tmp_path):
     named.save_pretrained(tmp_path / "adapter", adapter_only=True)
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adaptive.safetensors", "adaptive_config.json"]
     again = type(named).from_pretrained(tmp_path / "adapter")
-    inputs, k = inputs_of(named, "how many ?"), torch.tensor([1])
-    assert torch.equal(named(**inputs, k=k).logits, again(**inputs, k=k).logits)
+    assert_same_model(named, again)
 
 
 @matrix
