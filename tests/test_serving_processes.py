@@ -110,12 +110,13 @@ def test_a_replica_that_is_killed_costs_only_its_own_requests():
         assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers}) == 1
         assert post(url, messages=asked(), budget="10%").status_code == 422
         wait_for_all(server, url)
-        threads, ended = streaming(url, 6)
-        os.kill(replicas_of(server)[0].pid, signal.SIGKILL)
+        victim = replicas_of(server)[0].pid  # found beforehand, because answers do not wait for it
+        threads, ended = streaming(url, 8)
+        os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join(60)
         told = Counter(ended.values())
-        assert 1 <= told["whole"] <= 5, told
+        assert 1 <= told["whole"] <= 7, told
         # The other one answers at once, and there are two again soon.
         assert post(url, messages=asked()).status_code == 200
         until = time.monotonic() + 60
