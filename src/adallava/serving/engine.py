@@ -316,6 +316,7 @@ class Engine:
             logits, self._joined = step(self.vlm, self._joined, [one.token for one in self._active])
             said = self._choose(logits)
         except Exception as error:  # the batch is lost, the server is not
+            log.exception("a decoding step has failed")
             for one in self._active:
                 self._tell(one.job, Failed(error))
             self._active, self._joined = [], None
