@@ -52,6 +52,8 @@ class Governor:
         self._busy_ms: deque[float] = deque(maxlen=_ARRIVALS)
         self._expected_ms: float | None = None
         self._drags: deque[float] = deque(maxlen=_CYCLES)
+        self.drag = 1.0
+        """Time that goes by over that of prefill and step, lately; 1 until some have been seen, and at least."""
 
     # -- what it learns -----------------------------------------------------------------------------------------------
 
@@ -67,12 +69,12 @@ class Governor:
         """Note how long it took to do what was decided last, with the step of the others that came after it."""
         if self._expected_ms is not None:
             self._drags.append(ms / self._expected_ms)
+            self._learn()
         self._expected_ms = None
 
-    @property
-    def drag(self) -> float:
-        """Time that goes by over that of prefill and step, lately; 1 until some have been seen, and at least."""
-        return max(1.0, median(self._drags)) if len(self._drags) >= _FEW else 1.0
+    def _learn(self) -> None:
+        # Once here: those who ask whether they may come read it for each who waits, on threads of their own.
+        self.drag = max(1.0, median(self._drags)) if len(self._drags) >= _FEW else 1.0
 
     @property
     def rate(self) -> float:
@@ -99,6 +101,7 @@ class Governor:
         elif self._drags:
             # Who comes to an idle server is taken whatever is expected, and so a slow hour is forgotten.
             self._drags.popleft()
+            self._learn()
         late = "" if self._in_time([job], k, rows, self.objective_ms or 0.0) else "late: "
         remark = f"{late}k = {k} of {self.config.max_k} under this load"
         return Decision(Budget.of_k(self.config, k), new_tokens, remark)
