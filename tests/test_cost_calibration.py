@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from adallava.cost.calibration import (
     LEVEL,
     MINIMUM_HELD_OUT,
     DeviceProfile,
+    Measured,
     Measurement,
     conformal_bound,
     fit_profile,
     fit_stage,
 )
-from adallava.cost.work import DECODE, PREFILL, decode_work, prefill_work
+from adallava.cost.work import DECODE, PREFILL, TAIL, decode_work, prefill_work, tail_work
 from adallava.errors import ProfileError
 
 CONFIG = AdaptiveConfig(variant="L", num_layers=12, num_heads=4, num_kv_heads=4, hidden_size=64, prefix_layers=6)
@@ -46,6 +48,20 @@ def steps(count):
     rng = np.random.default_rng(5)
     made = [decode_work(CONFIG, [[int(rng.integers(20, 400))] * 12], [int(rng.integers(0, 7))]) for _ in range(count)]
     return [Measurement(work, 1 + 0.3 * work.features[DECODE.index("layer on")]) for work in made]
+
+
+def requests(first, decode=(), tail=()):
+    """What so many requests did and took, of which some decoded."""
+    return [Measured(*some) for some in zip_longest(first, tail, decode)]
+
+
+def tails(count, noise=0.0):
+    rng, made = np.random.default_rng(7), []
+    for _ in range(count):
+        work = tail_work(CONFIG, [[int(rng.integers(20, 400))] * 12], [int(rng.integers(0, 7))])
+        ms = 1 + 0.4 * work.features[TAIL.index("layer on")] + 0.02 * work.features[TAIL.index("unit token")]
+        made.append(Measurement(work, ms * float(np.exp(noise * rng.standard_normal()))))
+    return made
 
 
 def test_exact_times_are_foretold_exactly():
@@ -133,11 +149,11 @@ def test_outside_the_measured_range_is_told():
 
 
 def test_files(tmp_path):
-    profile = fit_profile("mini", PRINT, times(80, noise=0.05), steps(60))
+    profile = fit_profile("mini", PRINT, requests(times(80, noise=0.05), steps(60), tails(80)))
     path = tmp_path / "deep" / "profile.json"
     profile.save(path)
     assert DeviceProfile.load(path) == profile
-    first_only = fit_profile("mini", PRINT, times(80, noise=0.05))
+    first_only = fit_profile("mini", PRINT, requests(times(80, noise=0.05)))
     first_only.save(path)
     assert DeviceProfile.load(path) == first_only
     assert [p.name for p in path.parent.iterdir()] == ["profile.json"]
@@ -151,7 +167,7 @@ def test_files(tmp_path):
 
 
 def test_a_profile_of_another_setting_is_refused_in_a_sentence():
-    profile = fit_profile("mini-L", PRINT, times(60))
+    profile = fit_profile("mini-L", PRINT, requests(times(60)))
     profile.check(dict(PRINT))
     with pytest.raises(ProfileError, match=r"of mini-L does not hold here: threads was 2, now it is 1. Measure again"):
         profile.check({**PRINT, "threads": "1"})

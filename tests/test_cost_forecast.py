@@ -2,18 +2,20 @@
 
 import pytest
 
+from adallava.cost.calibration import Measured, Measurement, fit_profile
 from adallava.cost.forecast import Forecaster
 from adallava.cost.work import prefill_work
 from adallava.errors import ProfileError
-from test_cost_calibration import CONFIG, PRINT, fit_profile, steps, times, true_ms
+from test_cost_calibration import CONFIG, PRINT, requests, steps, tails, times, true_ms
 
 WORK = prefill_work(CONFIG, [[100] * 12], [3], 1)
-STEP = steps(1)[0].work
+STEP, TAIL = steps(1)[0].work, tails(1)[0].work
 
 
-def forecaster(correct=True, decode=True):
-    made = Forecaster(fit_profile("m", PRINT, times(150, noise=0.03), steps(60) if decode else ()), correct=correct)
-    made.observe(WORK, 1e6)  # the first of a process, which teaches nothing
+def forecaster(correct=True, decode=True, tail=True):
+    measured = requests(times(150, noise=0.03), steps(60) if decode else (), tails(150, 0.03) if tail else ())
+    made = Forecaster(fit_profile("m", PRINT, measured), correct=correct)
+    made.observe(Measured(Measurement(WORK, 1e6)))  # the first of a process, which teaches nothing
     return made
 
 
@@ -22,7 +24,7 @@ def test_an_idle_device_is_foretold_as_it_was_measured():
     before = made.prefill(WORK)
     assert before == made.profile.prefill.forecast(WORK)
     for _ in range(30):
-        made.observe(WORK, before.ms)
+        made.observe(Measured(Measurement(WORK, before.ms)))
     after = made.prefill(WORK)
     assert after.ms == pytest.approx(before.ms)
     assert after.upper_ms <= before.upper_ms
@@ -32,13 +34,13 @@ def test_an_idle_device_is_foretold_as_it_was_measured():
 def test_a_busy_device_is_followed_and_forgiven():
     made, calm = forecaster(), forecaster().prefill(WORK)
     for _ in range(5):
-        made.observe(WORK, 2 * calm.ms)
+        made.observe(Measured(Measurement(WORK, 2 * calm.ms)))
     busy = made.prefill(WORK)
     assert busy.ms == pytest.approx(2 * calm.ms)
     assert busy.upper_ms > 2 * calm.ms
     assert "takes 2.0 times as long as when it was measured" in busy.remark
     for _ in range(30):
-        made.observe(WORK, calm.ms)
+        made.observe(Measured(Measurement(WORK, calm.ms)))
     again = made.prefill(WORK)
     assert again.ms == pytest.approx(calm.ms)
     assert again.upper_ms <= 1.01 * calm.upper_ms
@@ -48,22 +50,25 @@ def test_a_busy_device_is_followed_and_forgiven():
 def test_one_slow_request_is_no_rule_and_two_are_for_twenty_requests(slow, bounded):
     made, calm = forecaster(), forecaster().prefill(WORK)
     for i in range(20):
-        made.observe(WORK, calm.ms * (5 if i in slow else 1))
+        made.observe(Measured(Measurement(WORK, calm.ms * (5 if i in slow else 1))))
         if len(slow) == 1:
             assert made.prefill(WORK).upper_ms < 2 * calm.ms
     assert made.prefill(WORK).ms == pytest.approx(calm.ms)
     assert (made.prefill(WORK).upper_ms >= 4.9 * calm.ms) == bounded
     for _ in range(20):
-        made.observe(WORK, calm.ms)
+        made.observe(Measured(Measurement(WORK, calm.ms)))
     assert made.prefill(WORK).upper_ms <= calm.upper_ms
 
 
-def test_prefill_and_decoding_are_followed_apart():
+def test_stages_are_followed_apart():
     made = forecaster()
-    first, each = made.prefill(WORK), made.decode(STEP)
+    first, last, each = made.prefill(WORK), made.tail(TAIL, 0.0), made.decode(STEP)
     for _ in range(6):
-        made.observe(WORK, first.ms, STEP, 3 * each.ms)
+        made.observe(
+            Measured(Measurement(WORK, first.ms), Measurement(TAIL, 2 * last.ms), Measurement(STEP, 3 * each.ms))
+        )
     assert made.prefill(WORK).ms == pytest.approx(first.ms)
+    assert made.tail(TAIL, 5.0).ms == pytest.approx(5 + 2 * last.ms)
     assert made.decode(STEP).ms == pytest.approx(3 * each.ms)
 
 
@@ -71,7 +76,7 @@ def test_without_correction_nothing_is_learnt():
     made = forecaster(correct=False)
     before = made.prefill(WORK)
     for _ in range(30):
-        made.observe(WORK, 3 * before.ms)
+        made.observe(Measured(Measurement(WORK, 3 * before.ms)))
     assert made.prefill(WORK) == before
 
 
@@ -82,6 +87,17 @@ def test_time_that_went_by_is_added():
     assert made.prefill(WORK).ms == pytest.approx(true_ms(WORK), rel=0.05)
 
 
-def test_a_profile_of_first_tokens_only_says_so():
-    with pytest.raises(ProfileError, match="was made of first tokens only"):
+def test_the_last_look_remembers_the_slowest_of_twenty():
+    made = forecaster()
+    first, last = made.prefill(WORK), made.tail(TAIL, 0.0)
+    for i in range(20):
+        made.observe(Measured(Measurement(WORK, first.ms * (1 + i // 19)), Measurement(TAIL, last.ms * (1 + i // 19))))
+    assert made.prefill(WORK).upper_ms < 2 * first.ms
+    assert made.tail(TAIL, 0.0).upper_ms == pytest.approx(2 * last.ms)
+
+
+def test_a_profile_without_a_stage_says_so():
+    with pytest.raises(ProfileError, match="of m was made without decoding. Measure it too"):
         forecaster(decode=False).decode(STEP)
+    with pytest.raises(ProfileError, match="of m was made without the time after the plan"):
+        forecaster(tail=False).tail(TAIL, 0.0)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from adallava.config import AdaptiveConfig
-from adallava.cost.work import DECODE, PREFILL, decode_work, prefill_work
+from adallava.cost.work import DECODE, PREFILL, TAIL, decode_work, prefill_work, tail_work
 from adallava.errors import PlanError
 
 
@@ -59,6 +59,14 @@ def test_tokens_and_scores_follow_the_lengths_of_each_layer():
     assert work.extent == {"tokens": 10, "rows": 2, "images": 2}
     step = named(DECODE, decode_work(made, lengths, [3, 1]))
     assert (step["key"], step["unit"], step["unit key"]) == (24 + 15, 4, 15)
+
+
+def test_what_is_left_when_the_plan_is_decided_is_part_of_the_prefill():
+    made, lengths = config("H"), [[10, 8, 4, 4, 4], [3, 3, 3, 3, 3]]
+    told = named(TAIL, tail_work(made, lengths, [5, 1]))
+    whole = named(PREFILL, prefill_work(made, lengths, [5, 1], 2))
+    assert told == {name: whole[name] for name in TAIL}
+    assert tail_work(made, lengths, [5, 1]).extent == {"tokens": 10, "rows": 2}
 
 
 def test_rows_that_choose_different_layers_touch_more_of_them():

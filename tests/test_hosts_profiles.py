@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from adallava.budget import Budget
-from adallava.cost.calibration import DeviceProfile, StageModel
+from adallava.cost.calibration import DeviceProfile, Measured, Measurement, StageModel
 from adallava.cost.forecast import Forecaster
-from adallava.cost.work import DECODE, PREFILL, prefill_work
+from adallava.cost.work import DECODE, PREFILL, TAIL, prefill_work
 from adallava.errors import BudgetError, ImageError, ProfileError, ResultExistsError
 from adallava.evaluation.samples import SampleFile
+from adallava.hosts.answer import Stopwatch
 from adallava.hosts.budgets import Batch, resolve_budgets
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
@@ -31,7 +32,7 @@ def stage(names, fixed, each, extent=WIDE):
 
 
 def profile_of(vlm, **changes):
-    made = DeviceProfile("tiny", fingerprint(vlm), stage(PREFILL, FIRST, EACH), stage(DECODE, 100.0, 10.0))
+    made = DeviceProfile("tiny", fingerprint(vlm), stage(PREFILL, FIRST, EACH), None, stage(DECODE, 100.0, 10.0))
     return replace(made, **changes)
 
 
@@ -130,13 +131,82 @@ def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
     work = prefill_work(vlm.adaptive_config, batch.lengths, [3], 1)
     assert resolve().k == 3
     for _ in range(8):
-        clock.observe(work, 3 * clock.profile.prefill.predict_ms(work))
+        clock.observe(Measured(Measurement(work, 3 * clock.profile.prefill.predict_ms(work))))
     assert resolve().k == 0
     remark = resolve().forecast.remark
     assert "takes 3.0 times as long" in remark and remark.endswith("the budget may be exceeded")
     for _ in range(30):
-        clock.observe(work, clock.profile.prefill.predict_ms(work))
+        clock.observe(Measured(Measurement(work, clock.profile.prefill.predict_ms(work))))
     assert (resolve().k, resolve().forecast.remark) == (3, None)
+
+
+BEFORE, HEAD = 3.5 * EACH, 0.5 * EACH  # until the plan is decided, and after the last layer
+BUDGET = BEFORE + 1.25 * (HEAD + 2.5 * EACH)  # for two layers and a half; for one, by the bound of the whole prefill
+
+
+@pytest.fixture
+def looking_twice(vlm, monkeypatch):
+    """A model of which it is told how long the prefix took: whatever ``passed["ms"]`` says."""
+    stages = {"prefill": stage(PREFILL, BEFORE + HEAD, EACH), "tail": stage(TAIL, HEAD, EACH)}
+    vlm.profiles.use(profile_of(vlm, **stages))
+    passed = {"ms": BEFORE}
+    monkeypatch.setattr(Stopwatch, "decided", lambda self: passed["ms"])
+    vlm.passed = passed
+    return vlm
+
+
+@pytest.mark.parametrize(
+    ("late_ms", "k", "remark"),
+    [(0.0, 2, None), (-2 * EACH, 3, None), (1.5 * EACH, 1, None), (9 * EACH, 0, "the budget may be exceeded")],
+)
+def test_k_is_what_is_left_when_the_prefix_has_run(looking_twice, late_ms, k, remark):
+    vlm = looking_twice
+    vlm.passed["ms"] += late_ms
+    answer = ask(vlm, f"{BUDGET} ms")
+    assert (answer.budget.k, answer.plan.k[0]) == (k, k)
+    assert answer.budget.forecast.ms == pytest.approx(vlm.passed["ms"] + HEAD + k * EACH)
+    assert answer.budget.forecast.upper_ms == pytest.approx(vlm.passed["ms"] + 1.25 * (HEAD + k * EACH))
+    assert answer.budget.forecast.remark == remark
+
+
+def test_the_latency_token_says_what_is_likely_to_be_left(looking_twice, monkeypatch):
+    vlm, said = looking_twice, []
+    encode = vlm.scheduler.encode
+    monkeypatch.setattr(vlm.scheduler, "encode", lambda k: said.append(k.tolist()) or encode(k))
+    ask(vlm, f"{BUDGET} ms")
+    ask(vlm, f"{10 * EACH} ms")
+    ask(vlm, f"{1.25 * 4 * EACH + 60_000} ms")
+    assert said == [[2], [3], [0]]
+
+
+def test_a_second_look_leaves_shares_and_times_per_token_alone(looking_twice):
+    vlm = looking_twice
+    budgets = ["60%", f"{BUDGET} ms", "126 ms/token", "50%"]
+    requests = [Request(QUESTION, IMAGES[i % 3], budget=b) for i, b in enumerate(budgets)]
+    answers = vlm.generate_batch(requests, **options("llava"))
+    assert [answer.budget.k for answer in answers] == [0, 0, 0, 0]
+    assert answers[2].budget.forecast.ms == pytest.approx(100)
+    requests[2] = Request(QUESTION, IMAGES[0], budget="1000 ms/token")
+    vlm.passed["ms"] -= 10 * EACH
+    assert [answer.budget.k for answer in vlm.generate_batch(requests, **options("llava"))] == [0, 3, 3, 0]
+
+
+def test_a_plan_that_was_given_stays(looking_twice):
+    vlm = looking_twice
+    plan = ask(vlm, f"{8.8 * EACH} ms").plan
+    vlm.passed["ms"] += 9 * EACH
+    answer = ask(vlm, f"{8.8 * EACH} ms", plan=plan)
+    assert (answer.plan, answer.budget.k) == (plan, 3)
+
+
+def test_an_answer_after_a_second_look_is_that_of_its_k_with_the_token_of_the_first(looking_twice):
+    vlm = looking_twice
+    vlm.passed["ms"] -= 9 * EACH
+    answer = ask(vlm, f"{BUDGET} ms")
+    again = ask(vlm, "100%", plan=answer.plan)
+    assert answer.plan.k[0] == 3  # all layers, whatever the token says
+    assert again.cost == answer.cost
+    assert answer.timing.decided_ms is None  # nobody noted when: the test told
 
 
 def test_an_input_outside_the_measured_range_is_flagged(vlm):

@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 
+from adallava.cost.calibration import Measured, Measurement, fit_profile
 from adallava.cost.forecast import Forecaster
 from adallava.hosts import threads
 from adallava.hosts.threads import CoreMeter, apart, asked_threads, run_on, running_on
-from test_cost_calibration import PRINT, fit_profile, steps, times
+from test_cost_calibration import PRINT, requests, steps, times
 from test_cost_forecast import STEP, WORK
 from test_hosts_profiles import ask, profile_of
 from tiny import tiny_vlm
@@ -102,15 +103,15 @@ def in_a_new_thread(ask):
 
 
 def test_fewer_threads_are_learned_apart():
-    profile = fit_profile("m", {**PRINT, "threads": "4"}, times(150, noise=0.03), steps(60))
+    profile = fit_profile("m", {**PRINT, "threads": "4"}, requests(times(150, noise=0.03), steps(60)))
     made = Forecaster(profile)
-    made.observe(WORK, 1e6)  # the first of a process, which teaches nothing
+    made.observe(Measured(Measurement(WORK, 1e6)))  # the first of a process, which teaches nothing
     calm, step = made.prefill(WORK), made.decode(STEP)
     made.on_threads(2)
     assert made.prefill(WORK).ms == pytest.approx(2 * calm.ms)
     assert made.decode(STEP).upper_ms == pytest.approx(2 * step.upper_ms)
     for _ in range(5):
-        made.observe(WORK, 1.5 * calm.ms)
+        made.observe(Measured(Measurement(WORK, 1.5 * calm.ms)))
     assert made.prefill(WORK).ms == pytest.approx(1.5 * calm.ms)
     made.on_threads(4)
     assert made.prefill(WORK) == calm

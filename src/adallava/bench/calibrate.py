@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from adallava.cost.calibration import MINIMUM_MEASUREMENTS, DeviceProfile, Measurement, fit_profile
-from adallava.cost.work import Work
+from adallava.cost.calibration import MINIMUM_MEASUREMENTS, DeviceProfile, Measured, fit_profile
 from adallava.errors import ConfigError, ProfileError
 from adallava.hosts.answer import Answer
 from adallava.hosts.model import AdaptiveVLM, Request
@@ -85,14 +84,11 @@ class Recorder:
     """Keeps what every request did and took."""
 
     def __init__(self) -> None:
-        self.prefill: list[Measurement] = []
-        self.decode: list[Measurement] = []
+        self.measured: list[Measured] = []
 
-    def observe(self, prefill: Work, first_ms: float, decode: Work | None = None, step_ms: float | None = None) -> None:
-        """Keep one request."""
-        self.prefill.append(Measurement(prefill, first_ms))
-        if decode is not None and step_ms is not None:
-            self.decode.append(Measurement(decode, step_ms))
+    def observe(self, measured: Measured) -> None:
+        """Keep one batch."""
+        self.measured.append(measured)
 
 
 def calibrate(
@@ -112,18 +108,16 @@ def calibrate(
     if vlm.processor is None:
         raise ProfileError(f"{name} has no processor, so it cannot be asked. Load it with its tokenizer.")
     vlm.profiles.use(None)
-    prefill, decode = measure(vlm, settings, progress or (lambda share: None))
-    profile = fit_profile(name, fingerprint(vlm), prefill, decode, seed=settings.seed)
+    measured = measure(vlm, settings, progress or (lambda share: None))
+    profile = fit_profile(name, fingerprint(vlm), measured, seed=settings.seed)
     if save:
         profile.save(profile_path(profile.fingerprint))
     vlm.profiles.use(profile)
     return profile
 
 
-def measure(
-    vlm: AdaptiveVLM, settings: CalibrationSettings, progress: Progress
-) -> tuple[list[Measurement], list[Measurement]]:
-    """Times of prefills and of mean decoding steps, with the work that they did."""
+def measure(vlm: AdaptiveVLM, settings: CalibrationSettings, progress: Progress) -> list[Measured]:
+    """What random requests did and took."""
     batches = random_batches(vlm, settings)
     _warm_up(vlm, batches, settings)
     recorder = Recorder()
@@ -133,9 +127,9 @@ def measure(
             progress(passed / settings.seconds)
             ask(vlm, next(batches), settings.new_tokens)
     progress(1.0)
-    if len(recorder.prefill) < MINIMUM_MEASUREMENTS:
-        raise _too_slow(settings.seconds, (time.perf_counter() - started) / len(recorder.prefill))
-    return recorder.prefill, recorder.decode
+    if len(recorder.measured) < MINIMUM_MEASUREMENTS:
+        raise _too_slow(settings.seconds, (time.perf_counter() - started) / len(recorder.measured))
+    return recorder.measured
 
 
 def _warm_up(vlm: AdaptiveVLM, batches: Iterator[list[Request]], settings: CalibrationSettings) -> None:

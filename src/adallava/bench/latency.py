@@ -28,6 +28,7 @@ from adallava.cost.calibration import DeviceProfile
 from adallava.cost.forecast import Forecaster
 from adallava.cost.work import prefill_work
 from adallava.errors import BudgetError
+from adallava.hosts.answer import Answer
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.results import ResultRow, provenance
 
@@ -43,7 +44,10 @@ class _Outcome:
 
     budget: float
     expected: float
+    """By what was known at the call, for the k that ran."""
     upper: float
+    promised: float
+    """The bound when the plan was decided, with the time until then known."""
     took: float
     k: int
 
@@ -101,12 +105,15 @@ def _requests(
             except BudgetError:
                 refused[name] += number > 0
                 continue
-            assert answer.budget is not None and answer.budget.forecast is not None
-            foretold = answer.budget.forecast
             if number > 0:  # the first one pays for what none after it does
-                took = answer.timing.answered_ms
-                told[name].append(_Outcome(float(budget.ms), foretold.ms, foretold.upper_ms, took, answer.budget.k))
+                told[name].append(_outcome(float(budget.ms), answer))
     return {name: (told[name], refused[name]) for name in forecasters}
+
+
+def _outcome(budget: float, answer: Answer) -> _Outcome:
+    assert answer.foretold is not None and answer.budget is not None and answer.budget.forecast is not None
+    first, took = answer.foretold.first_token, answer.timing.answered_ms
+    return _Outcome(budget, first.ms, first.upper_ms, answer.budget.forecast.upper_ms, took, answer.budget.k)
 
 
 def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: float, rng: random.Random) -> Budget:
@@ -125,7 +132,7 @@ def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: 
 def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
     if not outcomes:
         return {"requests": 0, "refused": refused}
-    promised = [o for o in outcomes if o.upper <= o.budget]  # the others ran at k = 0, with a remark
+    promised = [o for o in outcomes if o.promised <= o.budget]  # the others ran at k = 0, with a remark
     return {
         "requests": len(outcomes),
         "refused": refused,
@@ -136,7 +143,7 @@ def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
         "within_promised_frac": statistics.fmean(o.took <= o.budget for o in promised) if promised else None,
         "use": statistics.fmean(o.took / o.budget for o in outcomes),
         "mean_k": statistics.fmean(o.k for o in outcomes),
-        "ms": [[o.budget, o.expected, o.upper, o.took] for o in outcomes],
+        "ms": [[o.budget, o.expected, o.upper, o.promised, o.took] for o in outcomes],
     }
 
 
@@ -172,7 +179,8 @@ def _slowdown(vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings)
     with vlm.profiles.recorded_by(recorder):
         for requests in itertools.islice(batches, _SLOWDOWN_REQUESTS):
             ask(vlm, requests, 2)
-    return statistics.median(one.ms / profile.prefill.predict_ms(one.work) for one in recorder.prefill)
+    prefills = [one.prefill for one in recorder.measured]
+    return statistics.median(one.ms / profile.prefill.predict_ms(one.work) for one in prefills)
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------
@@ -193,10 +201,11 @@ def _predictions(
             vision = vision_tower_flops(spec) + projector_flops(spec) if requests[0].images is not None else 0
             flops.append(done.flops + vision)
             roofline.append(pass_time_ms(done, device) + 1e3 * vision / device.fp16_flops_per_s)
-    took = [one.ms for one in recorder.prefill]
+    prefills = [one.prefill for one in recorder.measured]
+    took = [one.ms for one in prefills]
     each = statistics.median(ms / some for ms, some in zip(took, flops, strict=True))
     ways = {
-        "profile": [profile.prefill.predict_ms(one.work) for one in recorder.prefill],
+        "profile": [profile.prefill.predict_ms(one.work) for one in prefills],
         "in proportion to FLOPs": [each * some for some in flops],
         "roofline": roofline,
     }

@@ -249,6 +249,7 @@ class Suite:
         """The plain Hugging Face model, as a user would run it."""
         inputs = self._inputs(rows)
         watch = Stopwatch(model.device)
+        watch.prepared()
         model.generate(**inputs, **_decoding(watch))
         return _times(watch)
 
@@ -260,6 +261,7 @@ class Suite:
 
         def run() -> Sample:
             watch = Stopwatch(vlm.device)
+            watch.prepared()
             timing = vlm.generate_batch(requests, plan=plan, **_decoding(watch))[0].timing
             return {**_times(watch), "prefill": timing.first_token_ms}
 

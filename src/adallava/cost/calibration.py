@@ -1,7 +1,8 @@
 """``DeviceProfile``: how long a model takes on one device, fitted from measurements, with an upper bound that holds.
 
-Time is a linear function of the work (``adallava.cost.work``), prefill and decode apart, fitted by non-negative least
-squares on relative errors, reweighted so that single slow measurements count little. The bound is split-conformal:
+Time is a linear function of the work (``adallava.cost.work``), for each stage apart: a prefill, what is left of it once
+the plan is decided, and a decoding step. It is fitted by non-negative least squares on relative errors, reweighted so
+that single slow measurements count little. The bound is split-conformal:
 measurements that the fit has not seen say by which factor the truth exceeds the fit in 5 % of cases, for each bucket of
 predicted time (Lei et al., 2018; Vovk, 2012 for buckets). It holds for requests like those measured, on a device that
 is as busy as it was then; ``adallava.cost.forecast`` follows a device that is busier.
@@ -22,10 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adallava.budget import Forecast
-from adallava.cost.work import DECODE, PREFILL, Work
+from adallava.cost.work import DECODE, PREFILL, TAIL, Work
 from adallava.errors import ProfileError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LEVEL = 0.95
 MINIMUM_HELD_OUT = math.ceil(LEVEL / (1 - LEVEL))  # fewer cannot say what 95 % stay below
 MINIMUM_MEASUREMENTS = 2 * MINIMUM_HELD_OUT
@@ -43,8 +44,19 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a batch of requests did and took, stage by stage."""
+
+    prefill: Measurement
+    tail: Measurement | None = None
+    """Of the prefill, what came after the plan was decided; None where none is, or nobody noted when."""
+    decode: Measurement | None = None
+    """Its mean decoding step; None where there was none."""
+
+
+@dataclass(frozen=True)
 class StageModel:
-    """Milliseconds of one stage, prefill or decode, as a function of its work."""
+    """Milliseconds of one stage, prefill, tail or decode, as a function of its work."""
 
     coefficients_ms: dict[str, float]
     """Milliseconds of each unit of each feature; none is negative."""
@@ -103,7 +115,9 @@ class DeviceProfile:
     fingerprint: dict[str, str]
     """What the times depend on: model, device, threads, dtype, attention kernel, versions."""
     prefill: StageModel
-    decode: StageModel | None
+    tail: StageModel | None = None
+    """Of a prefill, what comes after the plan is decided; None for a base model, which decides none."""
+    decode: StageModel | None = None
     """None where a profile was made of first tokens only."""
 
     def check(self, fingerprint: Mapping[str, str]) -> None:
@@ -138,8 +152,8 @@ class DeviceProfile:
             version = data.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r}, expected {FORMAT_VERSION}")
-            decode = data["decode"] and StageModel.from_dict(data["decode"])
-            return cls(**{**data, "prefill": StageModel.from_dict(data["prefill"]), "decode": decode})
+            some = {stage: data[stage] and StageModel.from_dict(data[stage]) for stage in ("tail", "decode")}
+            return cls(**{**data, "prefill": StageModel.from_dict(data["prefill"]), **some})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProfileError(
                 f"{path} is no device profile ({type(error).__name__}: {error}). Make one with 'adallava calibrate'."
@@ -147,21 +161,19 @@ class DeviceProfile:
 
 
 def fit_profile(
-    model: str,
-    fingerprint: dict[str, str],
-    prefill: Sequence[Measurement],
-    decode: Sequence[Measurement] = (),
-    *,
-    seed: int = 0,
+    model: str, fingerprint: dict[str, str], measured: Sequence[Measured], *, seed: int = 0
 ) -> DeviceProfile:
-    """Fit both stages; ``ProfileError`` for fewer than ``MINIMUM_MEASUREMENTS`` of a stage.
+    """Fit every stage that was measured; ``ProfileError`` for fewer than ``MINIMUM_MEASUREMENTS`` of one.
 
     seed: splits the measurements into those to fit and those to hold out.
     """
+    tail = [one.tail for one in measured if one.tail is not None]
+    decode = [one.decode for one in measured if one.decode is not None]
     return DeviceProfile(
         model,
         fingerprint,
-        fit_stage(prefill, PREFILL, seed=seed),
+        fit_stage([one.prefill for one in measured], PREFILL, seed=seed),
+        fit_stage(tail, TAIL, seed=seed) if tail else None,
         fit_stage(decode, DECODE, seed=seed) if decode else None,
     )
 

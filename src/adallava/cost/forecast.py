@@ -7,6 +7,9 @@ conformal bound of those of the last twenty requests and of twenty that stand fo
 of them above its bound. So one slow request is not taken for the rule, and two are, for twenty requests. On a device
 that is unlike what it was, this is the second largest of twenty, which nine in ten stay below.
 
+What is left of a prefill when its plan is decided is foretold once more, with the time until then known. No later look
+can make up for what is wrong with this one, so its bound is the largest of the forty.
+
 Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
 proportion to threads, which it is at worst, then by what they took.
 """
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adallava.budget import Forecast
-from adallava.cost.calibration import DeviceProfile, StageModel, conformal_bound
+from adallava.cost.calibration import LEVEL, DeviceProfile, Measured, Measurement, StageModel, conformal_bound
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
 
@@ -28,16 +31,19 @@ from adallava.errors import ProfileError
 _LEVEL_OF = 5
 _SURPRISES = _CALM = 20
 _BUSY = 1.1
+_LAST_LEVEL = 0.975
+_MISSING = {"tail": "the time after the plan", "decode": "decoding"}
 
 
 class Correction:
     """How much longer one stage takes than its profile says, from the requests so far.
 
     calm: measured over bound, of the profile's own measurements. first: measured over foretold, before any request.
+    level: share of the surprises that the bound is to cover.
     """
 
-    def __init__(self, calm: Sequence[float], first: float = 1.0) -> None:
-        self._calm, self._first = list(calm), first
+    def __init__(self, calm: Sequence[float], first: float = 1.0, level: float = LEVEL) -> None:
+        self._calm, self._first, self._covered = list(calm), first, level
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
         self._surprises = deque(self._calm, maxlen=_SURPRISES)
 
@@ -49,7 +55,7 @@ class Correction:
     @property
     def bound(self) -> float:
         """Upper bound over the profile's bound."""
-        return self.level * conformal_bound([*self._calm, *self._surprises])
+        return self.level * conformal_bound([*self._calm, *self._surprises], self._covered)
 
     def observe(self, measured_ms: float, foretold: Forecast) -> None:
         """Learn from a request that the profile, uncorrected, foretold like this."""
@@ -86,6 +92,11 @@ class Forecaster:
         foretold = self._forecast("prefill", work)
         return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
 
+    def tail(self, work: Work, elapsed_ms: float) -> Forecast:
+        """Time to the first token of a request whose plan is decided ``elapsed_ms`` after it came."""
+        foretold = self._forecast("tail", work)
+        return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
+
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""
         return self._forecast("decode", work)
@@ -94,22 +105,22 @@ class Forecaster:
         """The profile's upper bound of "prefill" or "decode", without any correction."""
         return self._model(stage).forecast(work).upper_ms
 
-    def observe(self, prefill: Work, first_ms: float, decode: Work | None = None, step_ms: float | None = None) -> None:
-        """Learn from a request: what it did, and the time of its prefill and of its mean decoding step.
-
-        The first request of a process pays for what none after it does, so it teaches nothing.
-        """
+    def observe(self, measured: Measured) -> None:
+        """Learn from a request. The first of a process pays for what none after it does, so it teaches nothing."""
         if self._cold:
             self._cold = False
             return
-        self._corrections["prefill"].observe(first_ms, self.profile.prefill.forecast(prefill))
-        if decode is not None and step_ms is not None:
-            self.observe_step(decode, step_ms)
+        self._learn("prefill", measured.prefill)
+        self._learn("tail", measured.tail)
+        self._learn("decode", measured.decode)
 
-    def observe_step(self, work: Work, ms: float) -> None:
+    def observe_step(self, measured: Measurement) -> None:
         """Learn from a decoding step."""
-        if self.profile.decode is not None:
-            self._corrections["decode"].observe(ms, self.profile.decode.forecast(work))
+        self._learn("decode", measured)
+
+    def _learn(self, stage: str, measured: Measurement | None) -> None:
+        if measured is not None and stage in self._corrections:
+            self._corrections[stage].observe(measured.ms, self._model(stage).forecast(measured.work))
 
     def _forecast(self, stage: str, work: Work) -> Forecast:
         plain = self._model(stage).forecast(work)
@@ -122,18 +133,25 @@ class Forecaster:
         return Forecast(plain.ms * correction.level, plain.upper_ms * correction.bound, "; ".join(remarks) or None)
 
     def _model(self, stage: str) -> StageModel:
-        if stage == "prefill":
-            return self.profile.prefill
-        if self.profile.decode is None:
+        model = self._models[stage]
+        if model is None:
             raise ProfileError(
-                f"the device profile of {self.profile.model} was made of first tokens only. Measure decoding too: "
+                f"the device profile of {self.profile.model} was made without {_MISSING[stage]}. Measure it too: "
                 f"'adallava calibrate {self.profile.model}'."
             )
-        return self.profile.decode
+        return model
+
+    @property
+    def _models(self) -> dict[str, StageModel | None]:
+        profile = self.profile
+        return {"prefill": profile.prefill, "tail": profile.tail, "decode": profile.decode}
 
     def _fresh(self, first: float = 1.0) -> dict[str, Correction]:
-        models = {"prefill": self.profile.prefill, "decode": self.profile.decode}
-        return {stage: Correction(_calm(model), first) for stage, model in models.items() if model is not None}
+        return {
+            stage: Correction(_calm(model), first, _LAST_LEVEL if stage == "tail" else LEVEL)
+            for stage, model in self._models.items()
+            if model is not None
+        }
 
 
 def _calm(model: StageModel) -> list[float]:

@@ -28,6 +28,8 @@ PREFILL = (
 )
 """Vision (per image); per token and layer run, and per query-key pair; what units, which are layers beyond the prefix,
 cost more than layers of the prefix do; and what is paid in any case. Of one kind of layer one number is measured."""
+TAIL = ("fixed", "row", "layer on", "unit token", "unit score", "layer in part", "slice")
+"""What is left of a prefill once the plan is decided: the layers beyond the prefix, the head, the choice of a token."""
 DECODE = ("fixed", "row", "key", "layer on", "unit", "unit key", "layer in part", "slice")
 """The same for one step, which processes one token per row and reads the keys before it."""
 
@@ -37,7 +39,7 @@ class Work:
     """What one pass over a batch has to do."""
 
     features: tuple[float, ...]
-    """As named by ``PREFILL`` or ``DECODE``."""
+    """As named by ``PREFILL``, ``TAIL`` or ``DECODE``."""
     extent: dict[str, int]
     """What a user would call its size: tokens of the longest row, rows, images."""
 
@@ -52,22 +54,38 @@ def prefill_work(
     number of rows or layers.
     """
     prefix, tail = _split(config, lengths, k)
-    units = _units(config, k)
-    unit_tokens = sum(u * _mean(row) for u, row in zip(units, tail, strict=True))
-    unit_scores = sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True))
+    layers_on, unit_tokens, unit_scores, *in_part = _tail_features(config, tail, k)
     features = (
         1.0,
         float(images),
         float(len(lengths)),
         sum(map(sum, prefix)) + unit_tokens,
         sum(t * t for row in prefix for t in row) + unit_scores,
-        _layers_on(config, k),
+        layers_on,
         unit_tokens,
         unit_scores,
+        *in_part,
+    )
+    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths), "images": images})
+
+
+def tail_work(config: AdaptiveConfig, lengths: Sequence[Sequence[int]], k: Sequence[int]) -> Work:
+    """Return what is left of the same prefill once its plan is decided, with features ``TAIL``."""
+    _, tail = _split(config, lengths, k)
+    features = (1.0, float(len(lengths)), *_tail_features(config, tail, k))
+    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths)})
+
+
+def _tail_features(config: AdaptiveConfig | None, tail: list[list[int]], k: Sequence[int]) -> tuple[float, ...]:
+    """From "layer on" to "slice", which ``PREFILL`` and ``TAIL`` share; tail: lengths beyond the prefix."""
+    units = _units(config, k)
+    return (
+        _layers_on(config, k),
+        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
+        sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True)),
         sum(_layers_in_part(config, each) for each in k),
         sum(_slices(config, each) for each in k),
     )
-    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths), "images": images})
 
 
 def decode_work(config: AdaptiveConfig | None, contexts: Sequence[Sequence[int]], k: Sequence[int]) -> Work:

@@ -21,7 +21,7 @@ class Timing:
     ``first_token_ms``: from the prepared inputs to the first new token (vision, prefill, choice of the token).
     ``total_ms``: to the last token. ``prepare_ms``: before that, images and prompt to tensors. ``selection_ms``: of the
     time to the first token, what went by before the budget was resolved: where visual tokens are selected before the
-    decoder, their encoding.
+    decoder, their encoding. ``decided_ms``: of it, what went by before the plan was decided; None where nobody asked.
     """
 
     prepare_ms: float
@@ -29,6 +29,7 @@ class Timing:
     total_ms: float
     new_tokens: int
     selection_ms: float = 0.0
+    decided_ms: float | None = None
 
     @property
     def answered_ms(self) -> float:
@@ -73,31 +74,63 @@ class Answer:
     """Of the batch, where the model's device profile is in use; see ``Profiles``."""
 
 
+def device_now(device: torch.device) -> float:
+    """Seconds of ``time.perf_counter`` at which ``device`` has done all that it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Stopwatch(StoppingCriteria):
-    """Notes when each token of a generate() call is there; it never stops anything."""
+    """Notes when each part of a call is over, and each token there; it never stops anything.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.selected_s = 0.0
-        self.seconds: list[float] = []
-        self.started = self._now()
+    elapsed_ms: what had gone by of the request before this was made.
+    """
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def __init__(self, device: torch.device, elapsed_ms: float = 0.0) -> None:
+        self._device = device
+        self._called = time.perf_counter() - elapsed_ms / 1e3
+        self._prepared = self._selected = self._called
+        self._decided: float | None = None
+        self._tokens: list[float] = []
+
+    def prepared(self) -> None:
+        """Note that images and prompt are tensors on the device."""
+        self._prepared = self._selected = device_now(self._device)
 
     def selected(self) -> float:
-        """Note that the visual tokens are selected; returns the seconds since the start."""
-        self.selected_s = self._now() - self.started
-        return self.selected_s
+        """Note that the visual tokens are selected; returns the milliseconds since the call."""
+        self._selected = device_now(self._device)
+        return 1e3 * (self._selected - self._called)
+
+    def decided(self) -> float:
+        """Note that the plan is about to be decided; returns the milliseconds since the call."""
+        self._decided = device_now(self._device)
+        return 1e3 * (self._decided - self._called)
+
+    def token(self) -> None:
+        """Note that a token is there."""
+        self._tokens.append(device_now(self._device))
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Note the time; called by generate() after each token."""
-        self.seconds.append(self._now() - self.started)
+        """Note a token; called by generate() after each."""
+        self.token()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def timing(self, prepare_s: float) -> Timing:
+    @property
+    def seconds(self) -> list[float]:
+        """When each token was there, since the inputs were prepared."""
+        return [at - self._prepared for at in self._tokens]
+
+    @property
+    def timing(self) -> Timing:
         """The times so far."""
-        first, last = (self.seconds[0], self.seconds[-1]) if self.seconds else (0.0, 0.0)
-        return Timing(1e3 * prepare_s, 1e3 * first, 1e3 * last, len(self.seconds), 1e3 * self.selected_s)
+        ready, seconds = self._prepared, self.seconds or [0.0]
+        return Timing(
+            prepare_ms=1e3 * (ready - self._called),
+            first_token_ms=1e3 * seconds[0],
+            total_ms=1e3 * seconds[-1],
+            new_tokens=len(self._tokens),
+            selection_ms=1e3 * (self._selected - ready),
+            decided_ms=None if self._decided is None else 1e3 * (self._decided - ready),
+        )

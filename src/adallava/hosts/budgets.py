@@ -2,20 +2,25 @@
 
 A share and an amount of FLOPs buy each request its own k. Milliseconds are different: a batch ends its prefill
 together, so all its requests with a budget in time get one k, the largest that keeps every one of them.
+
+What they get is looked at twice. Before the prefill it is told whether the budget can be kept, and what the latency
+token is to say. When the prefix has run and the plan is decided, most of the time is not a forecast any more: it has
+gone by. So what a quick prefix left over is spent, and what a slow one took too much is saved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from adallava.budget import Budget, Forecast, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, resolve_budget
+from adallava.cost.calibration import Measured, Measurement
 from adallava.cost.forecast import Forecaster
-from adallava.cost.work import Work, decode_work, prefill_work
+from adallava.cost.work import Work, decode_work, prefill_work, tail_work
 from adallava.errors import BudgetError
 from adallava.hosts.answer import Timing
 from adallava.hosts.visual import Selector
@@ -46,10 +51,12 @@ def resolve_budgets(
     spec: ModelSpec,
     batch: Batch,
     forecaster: Forecaster | None = None,
+    *,
+    again: bool = True,
 ) -> list[ResolvedBudget | None]:
     """What each budget buys; None for a base model (``config`` None). ``BudgetError`` names what is below its minimum.
 
-    forecaster: needed for budgets in milliseconds.
+    forecaster: needed for budgets in milliseconds. again: there will be a ``SecondLook``, so that k need not be sure.
     """
     resolved = [
         None if budget.timed else resolve_budget(budget, config, spec, row)
@@ -60,7 +67,7 @@ def resolve_budgets(
         return resolved
     assert forecaster is not None, "a timed budget is refused where there is no profile"
     clock = _Clock(config, batch, [one.k if one else 0 for one in resolved], timed, forecaster)
-    k = _largest_k(clock, [budgets[row] for row in timed])
+    k = _first_k(clock, [budgets[row] for row in timed], again)
     if config is not None:
         total, prefix = config.total_switches, config.prefix_switches
         for row in timed:
@@ -68,13 +75,50 @@ def resolve_budgets(
     return resolved
 
 
-def work_done(
-    config: AdaptiveConfig | None, batch: Batch, k: Sequence[int], timing: Timing
-) -> tuple[Work, Work | None]:
-    """What a batch with k [B] switches per row did: its prefill, and its mean decoding step where it had any."""
-    middle = [[tokens + timing.new_tokens // 2 for tokens in row] for row in batch.lengths]
+class SecondLook:
+    """What a request's state asks when the prefix has run: k again, from the time that is left then.
+
+    resolved: what the first look gave each row; the second's once it was asked. forecaster: None where no budget is in
+    time. decided_ms: notes that the prefix has run, and tells the time since the call.
+    """
+
+    def __init__(
+        self,
+        resolved: Sequence[ResolvedBudget | None],
+        config: AdaptiveConfig,
+        batch: Batch,
+        forecaster: Forecaster | None,
+        decided_ms: Callable[[], float],
+    ) -> None:
+        self.resolved = list(resolved)
+        self._config, self._batch, self._forecaster, self._decided_ms = config, batch, forecaster, decided_ms
+
+    def __call__(self, k: Sequence[int]) -> list[int]:
+        """The k of each row: another one where it had a budget in time to the first token, which buys it now."""
+        passed_ms = self._decided_ms()
+        budgets = {row: one.budget for row, one in enumerate(self.resolved) if one is not None and one.budget.timed}
+        forecaster = self._forecaster
+        if forecaster is None or not _two_looks(forecaster, budgets.values()):
+            return list(k)
+        clock = _Clock(self._config, self._batch, list(k), list(budgets), forecaster, passed_ms)
+        most = clock.largest_k(list(budgets.values())) or 0
+        for row, budget in budgets.items():
+            found = self.resolved[row]
+            assert found is not None
+            self.resolved[row] = replace(found, k=most, forecast=_promise(budget, clock, most))
+        return [most if row in budgets else each for row, each in enumerate(k)]
+
+
+def measured_of(config: AdaptiveConfig | None, batch: Batch, k: Sequence[int], timing: Timing) -> Measured:
+    """What a batch with k [B] switches per row did, and took."""
     prefill = prefill_work(config, batch.lengths, k, batch.images)
-    return prefill, decode_work(config, middle, k) if timing.ms_per_token is not None else None
+    tail = decode = None
+    if config is not None and timing.decided_ms is not None:
+        tail = Measurement(tail_work(config, batch.lengths, k), timing.first_token_ms - timing.decided_ms)
+    if timing.ms_per_token is not None:
+        middle = [[tokens + timing.new_tokens // 2 for tokens in row] for row in batch.lengths]
+        decode = Measurement(decode_work(config, middle, k), timing.ms_per_token)
+    return Measured(Measurement(prefill, timing.first_token_ms - timing.selection_ms), tail, decode)
 
 
 def prompt_lengths(
@@ -96,58 +140,92 @@ def prompt_lengths(
 
 @dataclass(frozen=True)
 class _Clock:
-    """How long a batch takes if all its timed rows get k switches."""
+    """How long a batch takes if all its timed rows get k switches.
+
+    decided_ms: when the prefix had run; None before.
+    """
 
     config: AdaptiveConfig | None
     batch: Batch
     fixed: list[int]
     timed: list[int]
     forecaster: Forecaster
+    decided_ms: float | None = None
 
-    def work(self, budget: Budget, k: int) -> Work:
-        ks = [k if row in self.timed else other for row, other in enumerate(self.fixed)]
-        if budget.unit == "ms":
-            return prefill_work(self.config, self.batch.lengths, ks, self.batch.images)
-        return decode_work(self.config, self.batch.last_lengths, ks)
+    def _ks(self, k: int) -> list[int]:
+        return [k if row in self.timed else other for row, other in enumerate(self.fixed)]
+
+    def _prefill_work(self, k: int) -> Work:
+        return prefill_work(self.config, self.batch.lengths, self._ks(k), self.batch.images)
+
+    def _decode_work(self, k: int) -> Work:
+        return decode_work(self.config, self.batch.last_lengths, self._ks(k))
 
     def forecast(self, budget: Budget, k: int) -> Forecast:
-        work = self.work(budget, k)
         if budget.unit == "ms":
-            return self.forecaster.prefill(work, self.batch.elapsed_ms)
-        return self.forecaster.decode(work)
+            return self._tail(k, self.decided_ms) if self.decided_ms is not None else self._prefill(k)
+        return self.forecaster.decode(self._decode_work(k))
+
+    def remark(self, budget: Budget, k: int) -> str | None:
+        """What is unusual about the request or the device; of the whole prefill, also when most of it is over."""
+        return (self._prefill(k) if budget.unit == "ms" else self.forecast(budget, k)).remark
+
+    def _prefill(self, k: int) -> Forecast:
+        return self.forecaster.prefill(self._prefill_work(k), self.batch.elapsed_ms)
+
+    def _tail(self, k: int, decided_ms: float) -> Forecast:
+        assert self.config is not None, "a base model decides no plan"
+        return self.forecaster.tail(tail_work(self.config, self.batch.lengths, self._ks(k)), decided_ms)
+
+    def expected_at_decision(self) -> _Clock:
+        """This clock when the prefix will have run, as far as it is known."""
+        left = self._tail(0, 0.0).ms
+        return replace(self, decided_ms=max(self.batch.elapsed_ms, self._prefill(0).ms - left))
 
     def plain_ms(self, budget: Budget, k: int) -> float:
         """The bound on a device as busy as when it was measured."""
-        work = self.work(budget, k)
         if budget.unit == "ms":
-            return self.forecaster.plain_ms("prefill", work) + self.batch.elapsed_ms
-        return self.forecaster.plain_ms("decode", work)
+            return self.forecaster.plain_ms("prefill", self._prefill_work(k)) + self.batch.elapsed_ms
+        return self.forecaster.plain_ms("decode", self._decode_work(k))
+
+    def largest_k(self, budgets: Sequence[Budget]) -> int | None:
+        """The largest k with which every budget holds; None where not even 0 is sure to."""
+        highest = self.config.max_k if self.config is not None else 0
+        fitting = (
+            k
+            for k in range(highest, -1, -1)
+            if all(self.forecast(budget, k).upper_ms <= budget.ms for budget in budgets)
+        )
+        return next(fitting, None)
 
 
-def _largest_k(clock: _Clock, budgets: Sequence[Budget]) -> int:
-    """The largest k with which every budget holds.
+def _first_k(clock: _Clock, budgets: Sequence[Budget], again: bool) -> int:
+    """The k that will be right when the plan is decided, as far as it is known; what cannot be kept is told.
 
     Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best that
     can be done, and how long it takes shows when the device is free again.
     """
-    highest = clock.config.max_k if clock.config is not None else 0
-    for k in range(highest, -1, -1):
-        if all(clock.forecast(budget, k).upper_ms <= budget.ms for budget in budgets):
-            return k
-    for budget in budgets:
-        least = clock.plain_ms(budget, 0)
-        if least > budget.ms:
-            raise _infeasible(budget, least, clock)
-    return 0
+    sure = clock.largest_k(budgets)
+    if sure is None:
+        for budget in budgets:
+            least = clock.plain_ms(budget, 0)
+            if least > budget.ms:
+                raise _infeasible(budget, least, clock)
+    if not again or clock.config is None or not _two_looks(clock.forecaster, budgets):
+        return sure or 0
+    return max(sure or 0, clock.expected_at_decision().largest_k(budgets) or 0)
+
+
+def _two_looks(forecaster: Forecaster, budgets: Iterable[Budget]) -> bool:
+    """Whether there is anything to be seen when the plan is decided."""
+    return forecaster.profile.tail is not None and any(budget.unit == "ms" for budget in budgets)
 
 
 def _promise(budget: Budget, clock: _Clock, k: int) -> Forecast:
     """The forecast with k, with a remark where it is no promise."""
     forecast = clock.forecast(budget, k)
-    if forecast.upper_ms <= budget.ms:
-        return forecast
-    remarks = [text for text in (forecast.remark, "the budget may be exceeded") if text]
-    return replace(forecast, remark="; ".join(remarks))
+    remarks = [clock.remark(budget, k), "the budget may be exceeded" if forecast.upper_ms > budget.ms else None]
+    return replace(forecast, remark="; ".join(filter(None, remarks)) or None)
 
 
 def _infeasible(budget: Budget, least: float, clock: _Clock) -> BudgetError:

@@ -6,7 +6,6 @@ It holds an ordinary transformers model (``model``), made adaptive in place, its
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from adallava.cost.forecast import Forecaster
 from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Foretold, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
-from adallava.hosts.budgets import Batch, prompt_lengths, resolve_budgets, work_done
+from adallava.hosts.budgets import Batch, SecondLook, measured_of, prompt_lengths, resolve_budgets
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
@@ -277,7 +276,7 @@ class AdaptiveVLM(nn.Module):
         if not requests:
             return []
         check_options(kwargs)
-        started = time.perf_counter()
+        watch = Stopwatch(self.device)
         selector = self.token_selection if token_selection is None else self._selector(token_selection)
         budgets = [self._budget(request.budget) for request in requests]
         clock = self._clock(budgets, selector, kwargs)
@@ -285,21 +284,23 @@ class AdaptiveVLM(nn.Module):
             prompts = [to_prompt(request) for request in requests]
             inputs = moved(encode(self.processor, prompts), self.device, next(self.model.parameters()).dtype)
             prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
-            watch = Stopwatch(self.device)
-            prepared, watch.started = time.perf_counter() - started, watch._now()
+            watch.prepared()
             inputs, images = select_images(self.model, inputs, selector)
+            latency_tokens = int(self.adaptive_config is not None)
             batch = Batch(
-                prompt_lengths(
-                    self.model, self.spec.num_layers, inputs, selector, int(self.adaptive_config is not None)
-                ),
+                prompt_lengths(self.model, self.spec.num_layers, inputs, selector, latency_tokens),
                 images=sum(len(prompt.images) for prompt in prompts) if images is None else 0,
-                elapsed_ms=1e3 * (prepared + watch.selected()),
+                elapsed_ms=watch.selected(),
                 new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
             )
-            resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock)
+            resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock, again=plan is None)
+            look = None
             if self.adaptive_config is not None:
+                if self.profiles.learning(selector):
+                    asked = clock if plan is None else None
+                    look = SecondLook(resolved, self.adaptive_config, batch, asked, watch.decided)
                 settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
-                state = self._prepare(inputs, resolved, selector, **settings)
+                state = self._prepare(inputs, resolved, selector, look=look, **settings)
             elif plan is not None or mode is not None:
                 raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
             elif selector.name != "none":
@@ -318,13 +319,13 @@ class AdaptiveVLM(nn.Module):
             sequences = out if isinstance(out, Tensor) else out.sequences
             texts = self._decode(sequences[:, inputs["input_ids"].shape[1] :], len(requests))
             lengths = self._lengths(inputs["attention_mask"], state, len(requests))
-            timing = watch.timing(prepared)
             foretold = None
             if one_sequence(kwargs):
                 ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
-                done = work_done(self.adaptive_config, batch, ran, timing)
-                foretold = self.profiles.account(selector, done, timing, batch.elapsed_ms)
-            return self._answers(texts, resolved, state, timing, prompt_tokens, lengths, foretold)
+                measured = measured_of(self.adaptive_config, batch, ran, watch.timing)
+                foretold = self.profiles.account(selector, measured, batch.elapsed_ms)
+            resolved = resolved if look is None else look.resolved
+            return self._answers(texts, resolved, state, watch.timing, prompt_tokens, lengths, foretold)
 
     def _budget(self, budget: object) -> Budget:
         """Read a budget; what is wrong with it for any input is told before the images are read."""

@@ -17,11 +17,10 @@ import torch
 import transformers
 
 from adallava import __version__
-from adallava.cost.calibration import DeviceProfile
+from adallava.cost.calibration import DeviceProfile, Measured
 from adallava.cost.forecast import Forecaster
-from adallava.cost.work import Work
 from adallava.errors import ProfileError
-from adallava.hosts.answer import Foretold, Timing
+from adallava.hosts.answer import Foretold
 from adallava.hosts.threads import CoreMeter, asked_threads
 from adallava.hosts.visual import Selector
 from adallava.results import device_name
@@ -91,8 +90,8 @@ def find_profile(print_of: dict[str, str], budget: object) -> DeviceProfile:
 class Observer(Protocol):
     """What learns from requests, as ``Forecaster`` does."""
 
-    def observe(self, prefill: Work, first_ms: float, decode: Work | None = None, step_ms: float | None = None) -> None:
-        """A request's prefill and its time, and its mean decoding step where it had any."""
+    def observe(self, measured: Measured) -> None:
+        """What a batch of requests did and took."""
 
 
 class Profiles:
@@ -156,20 +155,21 @@ class Profiles:
         forecaster.on_threads(threads)
         return threads
 
-    def account(
-        self, selector: Selector, done: tuple[Work, Work | None], timing: Timing, elapsed_ms: float
-    ) -> Foretold | None:
+    def learning(self, selector: Selector) -> bool:
+        """Whether anybody wants to know what requests take, stage by stage."""
+        return self.in_use(selector) is not None or self._recorder is not None
+
+    def account(self, selector: Selector, measured: Measured, elapsed_ms: float) -> Foretold | None:
         """Tell the forecaster in use and a recorder what a batch did and took; returns what it had been foretold.
 
-        done: its prefill, and its mean decoding step where it had any. elapsed_ms: time between the call and the
-        decision on the budget. None where no forecaster is in use.
+        elapsed_ms: time between the call and the decision on the budget. None where no forecaster is in use.
         """
-        prefill, decode = done
         forecaster, foretold = self.in_use(selector), None
         if forecaster is not None:
-            step = forecaster.decode(decode) if decode is not None and forecaster.profile.decode is not None else None
-            foretold = Foretold(forecaster.prefill(prefill, elapsed_ms), step)
+            decode = measured.decode if forecaster.profile.decode is not None else None
+            step = None if decode is None else forecaster.decode(decode.work)
+            foretold = Foretold(forecaster.prefill(measured.prefill.work, elapsed_ms), step)
         for observer in (forecaster, self._recorder):
             if observer is not None:
-                observer.observe(prefill, timing.first_token_ms - timing.selection_ms, decode, timing.ms_per_token)
+                observer.observe(measured)
         return foretold

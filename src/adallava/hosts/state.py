@@ -9,6 +9,7 @@ no scheduler: then nothing is put in and nothing decided, and everything runs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,7 @@ class RequestState:
     gated: compute everything and multiply by gates (training) rather than skip; None: as the layers' ``training``.
     cut: drops image tokens inside the decoder. images: [M, D] for each row, what its image placeholders stand for where
         tokens were selected before the decoder; None: the host encodes the pictures itself.
+    look: asked for k [B] once more when the prefix has run; a ``plan`` to obey stays as it is.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class RequestState:
         generator: torch.Generator | None = None,
         cut: TokenCut | None = None,
         images: list[Tensor] | None = None,
+        look: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.cut, self.images = cut, images
+        self.cut, self.images, self.look = cut, images, look
         self.k, self.mode, self.latency_index, self.gated = k, mode, latency_index, gated
         self.slot_id, self.noise, self.generator = slot_id, noise, generator
         self.forced = plan
@@ -121,6 +124,8 @@ class RequestState:
         """Decide the plan from the residual stream [B, T, D] after the prefix; once, later calls change nothing."""
         if self.decided:
             return
+        if self.look is not None:
+            self.k = torch.tensor(self.look(self.k.tolist()))
         batch = hidden_states.shape[0]
         assert self.latency_index is not None
         rows = torch.arange(batch, device=hidden_states.device)

@@ -6,7 +6,6 @@ with whatever rows are there (see ``joining``). Budgets, plans and costs are tho
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from adallava.budget import Budget, ResolvedBudget
 from adallava.cost import Cost, plan_cost, plan_loads
+from adallava.cost.calibration import Measurement
 from adallava.cost.work import Work, decode_work, prefill_work
 from adallava.errors import ConfigError
-from adallava.hosts.budgets import Batch, prompt_lengths, resolve_budgets
+from adallava.hosts.answer import Stopwatch, device_now
+from adallava.hosts.budgets import Batch, SecondLook, measured_of, prompt_lengths, resolve_budgets
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.inputs import insert_latency_slot, moved
 from adallava.hosts.joining import Joined, Row, part
@@ -55,7 +56,6 @@ class Started:
     """[V], of the first new token."""
     budget: ResolvedBudget
     cost: Cost
-    prefill_ms: float
 
 
 def check_steps(vlm: AdaptiveVLM) -> None:
@@ -83,24 +83,29 @@ def prepare(vlm: AdaptiveVLM, prompt: Prompt, new_tokens: int) -> Prepared:
 @torch.no_grad()
 def start(vlm: AdaptiveVLM, prepared: Prepared, budget: Budget, elapsed_ms: float = 0.0) -> Started:
     """Prefill a prompt within a budget. elapsed_ms: since the request came. Raises ``BudgetError``."""
+    watch = Stopwatch(vlm.device, elapsed_ms)
     clock = vlm.profiles.get(vlm, vlm.token_selection, budget) if budget.timed else None
     batch = replace(prepared.batch, elapsed_ms=elapsed_ms)
     (resolved,) = resolve_budgets([budget], vlm.adaptive_config, vlm.spec, batch, clock)
     assert resolved is not None, "the model is adaptive"
+    assert vlm.adaptive_config is not None, "as checked before any step"
     inputs, index = insert_latency_slot(prepared.inputs, vlm._slot_id())
-    state = vlm.request_state(torch.tensor([resolved.k]), latency_index=index, images=prepared.images)
+    look = SecondLook([resolved], vlm.adaptive_config, batch, clock, watch.decided)
+    state = vlm.request_state(torch.tensor([resolved.k]), latency_index=index, images=prepared.images, look=look)
     cache = AdaptiveCache(state)
-    began = _now(vlm.device)
+    watch.prepared()
     out = vlm.model(**inputs, ada_state=state, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits = out.logits[0, -1]
-    taken = 1e3 * (_now(vlm.device) - began)
+    watch.token()
     assert state.plan is not None, "it was decided in the prefill"
     if (observer := vlm.profiles.in_use(vlm.token_selection)) is not None:
-        observer.observe(prepared.work(vlm, resolved.k), taken)
+        observer.observe(measured_of(vlm.adaptive_config, batch, state.plan.k, watch.timing))
     (row,) = part(Joined(cache, inputs["attention_mask"]))
     tokens = prepared.batch.lengths[0]
     cost = plan_cost(vlm.spec, plan_loads(vlm.spec, state.plan, 0), tokens, prepared.prompt_tokens + 1)
-    return Started(row, logits, resolved, cost, taken)
+    (resolved,) = look.resolved
+    assert resolved is not None
+    return Started(row, logits, resolved, cost)
 
 
 @torch.no_grad()
@@ -112,22 +117,17 @@ def step(vlm: AdaptiveVLM, joined: Joined, tokens: list[int]) -> tuple[Tensor, J
     if joined.cache.state.rope_deltas is None:
         # PaliGemma counts from one.
         inputs["position_ids"] = before + int(vlm.model.config.model_type == "paligemma")
-    began = _now(vlm.device)
+    began = device_now(vlm.device)
     out = vlm.model(**inputs, past_key_values=joined.cache, use_cache=True, logits_to_keep=1)
     if (observer := vlm.profiles.in_use(vlm.token_selection)) is not None:
         plan = joined.cache.state.plan
         assert plan is not None, "it was decided in the prefills"
         contexts = [[int(tokens)] * vlm.spec.num_layers for tokens in before[:, 0].tolist()]
-        observer.observe_step(decode_work(vlm.adaptive_config, contexts, plan.k), 1e3 * (_now(vlm.device) - began))
+        work = decode_work(vlm.adaptive_config, contexts, plan.k)
+        observer.observe_step(Measurement(work, 1e3 * (device_now(vlm.device) - began)))
     return out.logits[:, -1], replace(joined, mask=mask)
 
 
 def counts_positions(vlm: AdaptiveVLM) -> bool:
     """Whether the host counts positions apart from tokens, as Qwen-VL does."""
     return hasattr(vlm.model.model, "get_rope_index")
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
