@@ -15,6 +15,7 @@ from PIL import Image
 from adallava.cost.calibration import MINIMUM_MEASUREMENTS, DeviceProfile, Measured, fit_profile
 from adallava.errors import ConfigError, ProfileError
 from adallava.hosts.answer import Answer
+from adallava.hosts.memory import keep_memory
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import fingerprint, profile_path
 
@@ -57,7 +58,7 @@ class CalibrationSettings:
     """Fewest and most words of a question."""
     without_image: int = 3
     """One request in so many: quickly measured, and what they take says most about what is paid in any case."""
-    new_tokens: int = 5
+    new_tokens: int = 3
     """Tokens of an answer: the first tells about the prefill, the others about decoding."""
     image: Image.Image | None = None
     """A typical picture; None for noise of 336 x 336. Models that take any resolution depend on it."""
@@ -107,6 +108,7 @@ def calibrate(
     settings = settings or CalibrationSettings()
     if vlm.processor is None:
         raise ProfileError(f"{name} has no processor, so it cannot be asked. Load it with its tokenizer.")
+    keep_memory()
     vlm.profiles.use(None)
     measured = measure(vlm, settings, progress or (lambda share: None))
     profile = fit_profile(name, fingerprint(vlm), measured, seed=settings.seed)

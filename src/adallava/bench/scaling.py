@@ -20,7 +20,8 @@ import torch
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava
 from adallava.bench.speed import Sample, Suite
-from adallava.bench.timing import in_rounds, keep_memory
+from adallava.bench.timing import in_rounds
+from adallava.hosts.memory import keep_memory
 from adallava.results import ResultRow, provenance
 
 TOKENS, BATCH = 256, 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import random
 import statistics
 import time
@@ -12,9 +10,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-
-# Of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -63,18 +58,6 @@ def interleaved(
 
     told = in_rounds({name: timed(thing) for name, thing in things.items()}, rounds, seed)
     return {name: Times(tuple(ms)) for name, ms in told.items()}
-
-
-def keep_memory() -> None:
-    """Let this process keep the memory it has freed, where the C library can be told so.
-
-    glibc returns and fetches again what large tensors lie in, or not, as its heap happens to lie: up to a twentieth of
-    a prefill on a CPU, of either of two models that are compared.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            mallopt(parameter, _NEVER)
 
 
 def now(device: torch.device) -> float:

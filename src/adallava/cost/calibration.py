@@ -173,13 +173,19 @@ def fit_profile(
         model,
         fingerprint,
         fit_stage([one.prefill for one in measured], PREFILL, seed=seed),
-        fit_stage(tail, TAIL, seed=seed) if tail else None,
+        fit_stage(tail, TAIL, seed=seed, in_bucket=MINIMUM_HELD_OUT) if tail else None,
         fit_stage(decode, DECODE, seed=seed) if decode else None,
     )
 
 
-def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, seed: int = 0) -> StageModel:
-    """Fit one stage on half of the measurements, and take its bounds from the other half."""
+def fit_stage(
+    measurements: Sequence[Measurement], features: Sequence[str], *, seed: int = 0, in_bucket: int = _LEAST_IN_BUCKET
+) -> StageModel:
+    """Fit one stage on half of the measurements, and take its bounds from the other half.
+
+    in_bucket: measurements in each bucket, at least. With few the bound follows what is foretold well or badly, with
+    many it is steadier; where nothing can make up for a bound that is wrong, that is worth more (docs/LOG.md).
+    """
     if len(measurements) < MINIMUM_MEASUREMENTS:
         raise ProfileError(
             f"{len(measurements)} measurements are too few for an upper bound that holds in {LEVEL:.0%} of cases; "
@@ -195,7 +201,7 @@ def fit_stage(measurements: Sequence[Measurement], features: Sequence[str], *, s
         raise ProfileError("the measured times do not depend on the work. Measure again on a quieter machine.")
     predicted = work @ coefficients
     ratios = ms[unseen] / predicted[unseen]
-    edges = _edges(predicted[seen])
+    edges = _edges(predicted[seen], in_bucket)
     bucket = np.searchsorted(edges, predicted[unseen], side="right")
     factors = _factors(_spreads(work[seen], ms[seen], predicted[seen], edges), ratios, bucket)
     names = measurements[0].work.extent
@@ -250,12 +256,12 @@ def _fit(work: NDArray[np.float64], ms: NDArray[np.float64]) -> NDArray[np.float
     return np.asarray(found / scale, dtype=np.float64)
 
 
-def _edges(predicted: NDArray[np.float64]) -> list[float]:
+def _edges(predicted: NDArray[np.float64], in_bucket: int) -> list[float]:
     """Edges of as many buckets as there are measurements for, equally full."""
     for buckets in range(_MOST_BUCKETS, 1, -1):
         edges = np.quantile(predicted, np.arange(1, buckets) / buckets).tolist()
         counts = np.bincount(np.searchsorted(edges, predicted, side="right"), minlength=buckets)
-        if counts.min() >= _LEAST_IN_BUCKET and all(a < b for a, b in pairwise(edges)):
+        if counts.min() >= in_bucket and all(a < b for a, b in pairwise(edges)):
             return edges
     return []
 

@@ -21,6 +21,7 @@ from adallava.cost.calibration import DeviceProfile, Measured
 from adallava.cost.forecast import Forecaster
 from adallava.errors import ProfileError
 from adallava.hosts.answer import Foretold
+from adallava.hosts.memory import keep_memory
 from adallava.hosts.threads import CoreMeter, asked_threads
 from adallava.hosts.visual import Selector
 from adallava.results import device_name
@@ -126,6 +127,7 @@ class Profiles:
 
     def get(self, vlm: AdaptiveVLM, selector: Selector, budget: object) -> Forecaster:
         """The forecaster for ``vlm`` as it is now; ``ProfileError`` where there is none or another one is needed."""
+        keep_memory()
         print_of = fingerprint(vlm, selector)
         selection = print_of["token selection"]
         # Only what holds is in use: requests are foretold by it from now on.

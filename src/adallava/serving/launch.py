@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI
 
+from adallava.hosts.memory import keep_memory
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.threads import apart
 from adallava.serving.app import ServeSettings, create_app
@@ -32,6 +33,7 @@ def application(
     """Load a model and make its application; see ``adallava serve --help`` for what is what."""
     if threads is not None:
         torch.set_num_threads(threads)
+    keep_memory()
     vlm = apart(lambda: AdaptiveVLM.from_pretrained(model, **({} if device is None else {"device": device})))
     if token_selection is not None:
         vlm.token_selection = token_selection
