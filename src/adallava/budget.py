@@ -207,7 +207,7 @@ class ResolvedBudget:
     total_switches: int
     """Switches of the whole model."""
     forecast: Forecast | None = None
-    """For a budget in milliseconds: what was foretold for the request."""
+    """For a budget in milliseconds: what was foretold when the plan was decided, with the time until then known."""
 
     @property
     def switches_on(self) -> int:
