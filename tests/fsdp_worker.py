@@ -51,6 +51,7 @@ def main():
         dist.all_reduce(losses)
         if rank == 0:
             print("losses", variant, *(losses / 2).tolist(), flush=True)
+    dist.barrier()  # who goes first breaks the other's connections
     dist.destroy_process_group()
 
 
