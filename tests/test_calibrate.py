@@ -15,6 +15,7 @@ from adallava.cost.calibration import MINIMUM_MEASUREMENTS, DeviceProfile
 from adallava.errors import ConfigError, ProfileError
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
+from adallava.hosts.threads import CoreMeter
 from matrix import IMAGES, options
 from tiny import processor, tiny_base, tiny_vlm
 
@@ -119,11 +120,16 @@ def test_the_command_line(tmp_path, monkeypatch):
     ask = ("run", scene, "what number is red ?", "--model", model, "--max-new-tokens", "3", "--budget")
     missing = call(*ask, "1 s")
     assert missing.exit_code == 2 and "needs a device profile" in " ".join(missing.stderr.split())
+    monkeypatch.setattr(CoreMeter, "others", lambda self: 0.1)
     shown = call("calibrate", model, "--seconds", "2")
     assert shown.exit_code == 0, shown.stderr
     assert "first token" in shown.stdout and "each token after it" in shown.stdout
     assert "adallava run IMAGE QUESTION" in shown.stdout
+    assert "other programs" not in shown.stdout
+    monkeypatch.setattr(CoreMeter, "others", lambda self: 1.2)
+    assert "other programs took 1.2 cores" in call("calibrate", model, "--seconds", "2").stdout
     told = json.loads(call("calibrate", model, "--seconds", "2", "--json").stdout)
+    assert told["cores_of_others"] == 1.2
     assert DeviceProfile.load(told["path"]).fingerprint == told["fingerprint"]
     least, most = told["typical"]["first_token_ms"]
     assert 0 < least <= most

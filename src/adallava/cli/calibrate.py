@@ -18,6 +18,7 @@ from adallava.errors import ConfigError
 from adallava.hosts.images import load_image
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import profile_path
+from adallava.hosts.threads import TAKEN, CoreMeter
 from adallava.plots.units import ms_text, share_text
 from adallava.selection import parse_selector
 
@@ -51,14 +52,21 @@ def command(asked: CalibrateOptions, as_json: bool) -> None:
     bar = _bar()
     with bar:
         task = bar.add_task(f"measuring {asked.model}", total=1.0)
+        meter = CoreMeter()
         profile = calibrate(vlm, asked.model, settings, progress=lambda share: bar.update(task, completed=share))
-    path = profile_path(profile.fingerprint)
+    path, others = profile_path(profile.fingerprint), meter.others()
     if as_json:
-        told = {"path": str(path), "typical": _typical(vlm, profile, settings)}
+        told = {"path": str(path), "typical": _typical(vlm, profile, settings), "cores_of_others": others}
         print(json.dumps({**dataclasses.asdict(profile), **told}))
         return
     console = Console(highlight=False)
     _show(console, vlm, profile, settings)
+    if vlm.device.type == "cpu" and others >= TAKEN:
+        console.print(
+            f"other programs took {others:.1f} cores meanwhile, so these times are of a busy machine. For budgets that "
+            "are not wasted, measure again when it is idle.",
+            style="bold",
+        )
     console.print(f"kept in {path}", style="dim", markup=False, soft_wrap=True)
 
 

@@ -28,7 +28,7 @@ import torch
 
 _T = TypeVar("_T")
 _WINDOW_S = 0.1  # the system counts in steps of up to a hundredth of a second
-_TAKEN = 0.35
+TAKEN = 0.35
 """Share of a core from which on it counts as taken. A busy program beside as many threads as there are cores gets less
 than a whole one: of two cores two thirds."""
 _setting = threading.Lock()
@@ -105,7 +105,7 @@ class CoreMeter:
 
     def free(self) -> int:
         """Cores that other programs leave, 1 at least."""
-        return max(1, len(self._cores) - math.floor(self.others() + 1 - _TAKEN))
+        return max(1, len(self._cores) - math.floor(self.others() + 1 - TAKEN))
 
 
 def _cores() -> list[int]:
