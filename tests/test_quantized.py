@@ -4,8 +4,10 @@ import pytest
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from adallava.errors import ConfigError
+from adallava.hosts.graphs import use_graphs
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.mini.scenes import sample_scene, to_image
+from test_hosts_graphs import Recorder
 
 PICTURE = to_image(sample_scene("test", 7, 0))
 QUESTION = "how many sevens are there ?"
@@ -44,3 +46,10 @@ def test_heads_are_not(config):
     assert vlm.generate(PICTURE, QUESTION, budget="100%").text
     with pytest.raises(ConfigError, match="without quantization for variant H, or use variant L"):
         vlm.generate(PICTURE, QUESTION, budget="60%")
+
+
+@pytest.mark.parametrize("config", [torchao, eight_bit, four_bit])
+def test_graphs_are_refused(config):
+    vlm = AdaptiveVLM.from_pretrained("mini-L", quantization_config=config())
+    with pytest.raises(ConfigError, match="graphs do not work with quantised weights yet"):
+        use_graphs(vlm, 400, Recorder())

@@ -58,6 +58,10 @@ def use_graphs(vlm: AdaptiveVLM, max_tokens: int = 2048, capture: Capture = capt
             f"graphs need sdpa attention, the model has {config._attn_implementation}. Load it with "
             "attn_implementation='sdpa'."
         )
+    if getattr(vlm.model, "is_quantized", False):
+        raise ConfigError(
+            "graphs do not work with quantised weights yet: of 4 bits they gave other answers. Leave out one."
+        )
     if getattr(config, "sliding_window", None) is not None:
         raise ConfigError("graphs do not know sliding windows, which this model has. Leave them out.")
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
