@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from adallava.bench.timing import now
 from adallava.cost import Device
 from adallava.cost.flops import BYTES_PER_VALUE
+from adallava.hosts.answer import device_now
 
 _SIDE = {"cpu": 2048, "cuda": 8192}
 _COPY_VALUES = {"cpu": 2**25, "cuda": 2**30}
@@ -34,7 +34,7 @@ def measured_device(device: torch.device, dtype: torch.dtype) -> Device:
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     taken = []
     for _ in range(_ROUNDS + 1):
-        started = now(device)
+        started = device_now(device)
         work()
-        taken.append(now(device) - started)
+        taken.append(device_now(device) - started)
     return statistics.median(taken[1:])

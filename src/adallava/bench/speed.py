@@ -23,10 +23,10 @@ from transformers import LlavaForConditionalGeneration, StoppingCriteriaList
 
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava, random_processor
-from adallava.bench.timing import in_rounds, now
+from adallava.bench.timing import in_rounds
 from adallava.budget import Budget
 from adallava.cost import LayerLoad, ModelSpec, full_loads, plan_loads, prefill_flops
-from adallava.hosts.answer import Stopwatch
+from adallava.hosts.answer import Stopwatch, device_now
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.graphs import Capture, capture_cuda, use_graphs
 from adallava.hosts.memory import keep_memory
@@ -196,9 +196,9 @@ class Suite:
         def step(model: nn.Module) -> Callable[[], Sample]:
             def run() -> Sample:
                 model.train()
-                started = now(self.base.device)
+                started = device_now(self.base.device)
                 model(**inputs).loss.backward()
-                taken = 1e3 * (now(self.base.device) - started)
+                taken = 1e3 * (device_now(self.base.device) - started)
                 model.zero_grad(set_to_none=True)
                 model.eval()
                 return {"step": taken}
@@ -218,18 +218,18 @@ class Suite:
             dtype, device = self.base.dtype, str(self.base.device)
 
             def plain() -> Sample:
-                started = now(self.base.device)
+                started = device_now(self.base.device)
                 model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
                 AutoProcessor.from_pretrained(folder)
-                taken = 1e3 * (now(self.base.device) - started)
+                taken = 1e3 * (device_now(self.base.device) - started)
                 del model
                 gc.collect()
                 return {"load": taken}
 
             def ours() -> Sample:
-                started = now(self.base.device)
+                started = device_now(self.base.device)
                 vlm = AdaptiveVLM.from_pretrained(folder, dtype=dtype, device=device)
-                taken = 1e3 * (now(self.base.device) - started)
+                taken = 1e3 * (device_now(self.base.device) - started)
                 del vlm
                 gc.collect()
                 return {"load": taken}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from adallava.hosts.answer import device_now
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,11 @@ def interleaved(
 
     def timed(thing: Callable[[], object]) -> Callable[[], float]:
         def run() -> float:
-            started = now(device)
+            started = device_now(device)
             thing()
-            return 1e3 * (now(device) - started)
+            return 1e3 * (device_now(device) - started)
 
         return run
 
     told = in_rounds({name: timed(thing) for name, thing in things.items()}, rounds, seed)
     return {name: Times(tuple(ms)) for name, ms in told.items()}
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the clock when all work given to ``device`` is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

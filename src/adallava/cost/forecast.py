@@ -89,13 +89,11 @@ class Forecaster:
 
     def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
-        foretold = self._forecast("prefill", work)
-        return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
+        return _later(self._forecast("prefill", work), elapsed_ms)
 
     def tail(self, work: Work, elapsed_ms: float) -> Forecast:
         """Time to the first token of a request whose plan is decided ``elapsed_ms`` after it came."""
-        foretold = self._forecast("tail", work)
-        return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
+        return _later(self._forecast("tail", work), elapsed_ms)
 
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""
@@ -152,6 +150,10 @@ class Forecaster:
             for stage, model in self._models.items()
             if model is not None
         }
+
+
+def _later(foretold: Forecast, elapsed_ms: float) -> Forecast:
+    return replace(foretold, ms=foretold.ms + elapsed_ms, upper_ms=foretold.upper_ms + elapsed_ms)
 
 
 def _calm(model: StageModel) -> list[float]:

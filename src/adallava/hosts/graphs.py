@@ -60,7 +60,7 @@ def use_graphs(vlm: AdaptiveVLM, max_tokens: int = 2048, capture: Capture = capt
         )
     if getattr(vlm.model, "is_quantized", False):
         raise ConfigError(
-            "graphs do not work with quantised weights yet: of 4 bits they gave other answers. Leave out one."
+            "graphs do not work with quantised weights yet: 4-bit ones gave other answers. Leave out the graphs."
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ConfigError("graphs do not know sliding windows, which this model has. Leave them out.")
