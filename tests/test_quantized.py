@@ -1,6 +1,7 @@
 """Weights quantised by other libraries: variant L runs whole layers and takes them; variant H says that it cannot."""
 
 import pytest
+import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from adallava.errors import ConfigError
@@ -48,8 +49,35 @@ def test_heads_are_not(config):
         vlm.generate(PICTURE, QUESTION, budget="60%")
 
 
+def said(vlm):
+    """Eight tokens at each of three budgets, however soon an answer would end."""
+    options = {"max_new_tokens": 8, "min_new_tokens": 8}
+    return [vlm.generate(PICTURE, QUESTION, budget=budget, **options).text for budget in ("100%", "75%", "50%")]
+
+
 @pytest.mark.parametrize("config", [torchao, eight_bit, four_bit])
-def test_graphs_are_refused(config):
-    vlm = AdaptiveVLM.from_pretrained("mini-L", quantization_config=config())
-    with pytest.raises(ConfigError, match="graphs do not work with quantised weights yet"):
-        use_graphs(vlm, 400, Recorder())
+def test_graphs_give_the_same_answers(config):
+    vlm, recorder = AdaptiveVLM.from_pretrained("mini-L", quantization_config=config()), Recorder()
+    plain = said(vlm)
+    use_graphs(vlm, 400, recorder)
+    assert said(vlm) == plain
+    assert recorder.recorded == 12 and recorder.replayed == 7 * (12 + 9 + 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", [torchao, four_bit])
+def test_cuda_graphs_give_the_same_answers(config):
+    vlm = AdaptiveVLM.from_pretrained("mini-L", quantization_config=config(), device="cuda")
+    plain = said(vlm)
+    use_graphs(vlm, 400)
+    assert said(vlm) == plain
+
+
+def test_cuda_graphs_cannot_wait_for_outliers(monkeypatch):
+    vlm = AdaptiveVLM.from_pretrained("mini-L", quantization_config=eight_bit())
+    monkeypatch.setattr(AdaptiveVLM, "device", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="llm_int8_threshold=0.0"):
+        use_graphs(vlm)
+    exact = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    use_graphs(AdaptiveVLM.from_pretrained("mini-L", quantization_config=exact))

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from adallava.errors import ConfigError
-from adallava.hosts.arch import decoder_layers
 
 if TYPE_CHECKING:
     from adallava.hosts.model import AdaptiveVLM
@@ -58,15 +57,21 @@ def use_graphs(vlm: AdaptiveVLM, max_tokens: int = 2048, capture: Capture = capt
             f"graphs need sdpa attention, the model has {config._attn_implementation}. Load it with "
             "attn_implementation='sdpa'."
         )
-    if getattr(vlm.model, "is_quantized", False):
+    if capture is capture_cuda and _looks_for_outliers(vlm.model):
         raise ConfigError(
-            "graphs do not work with quantised weights yet: 4-bit ones gave other answers. Leave out the graphs."
+            "CUDA graphs cannot hold 8-bit weights whose llm_int8_threshold is above 0: each product waits for the "
+            "outliers' positions. Load the model with BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)."
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ConfigError("graphs do not know sliding windows, which this model has. Leave them out.")
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens!r}, expected a whole number of 1 or more.")
-    vlm.graphs = DecodeGraphs(vlm.model, max_tokens, capture)
+    vlm.graphs = DecodeGraphs(max_tokens, capture)
+
+
+def _looks_for_outliers(model: nn.Module) -> bool:
+    """Whether a product with the model's weights reads a result back to the host (bitsandbytes' mixed 8 bits)."""
+    return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0 for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -86,14 +91,8 @@ def lent(graphs: DecodeGraphs | None, state: RequestState | None, rows: int, tok
 class DecodeGraphs:
     """The graphs of one model's layers, and the tensors that they read and write."""
 
-    def __init__(self, model: nn.Module, max_tokens: int, capture: Capture) -> None:
-        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        first: Any = decoder_layers(model)[0]
-        weight: Tensor = first.self_attn.k_proj.weight
+    def __init__(self, max_tokens: int, capture: Capture) -> None:
         self.max_tokens, self.capture, self.lock, self.length = max_tokens, capture, threading.Lock(), 0
-        self.hidden = weight.new_zeros(1, 1, config.hidden_size, requires_grad=False)
-        self.mask = weight.new_zeros(1, 1, 1, max_tokens, dtype=torch.bool)
-        self.position = weight.new_zeros(1, dtype=torch.long)
         self._rotary: tuple[Tensor, ...] = ()
         self._layers: dict[int, _FixedLayer] = {}
         self._replays: dict[int, Callable[[], None]] = {}
@@ -105,7 +104,7 @@ class DecodeGraphs:
         """
         index, cache = layer.self_attn.layer_idx, arguments["past_key_values"]
         if index == 0:
-            self._begin(cache.get_seq_length(), arguments)
+            self._begin(hidden, cache.get_seq_length(), arguments)
         if not isinstance(cache.layers[index], _FixedLayer):
             self._adopt(cache, index)
         if hidden is not self.hidden:
@@ -115,9 +114,13 @@ class DecodeGraphs:
         self._replays[index]()
         return self.hidden
 
-    def _begin(self, length: int, arguments: dict[str, Any]) -> None:
+    def _begin(self, hidden: Tensor, length: int, arguments: dict[str, Any]) -> None:
         """Put into place what all layers read: position, rotary embedding, and which keys count."""
         if not self._rotary:
+            # Like the hidden state, whose type is not that of packed weights.
+            self.hidden = torch.zeros_like(hidden)
+            self.mask = hidden.new_zeros(1, 1, 1, self.max_tokens, dtype=torch.bool)
+            self.position = hidden.new_zeros(1, dtype=torch.long)
             self._rotary = tuple(part.clone() for part in arguments["position_embeddings"])
         for fixed, given in zip(self._rotary, arguments["position_embeddings"], strict=True):
             fixed.copy_(given)
