@@ -155,7 +155,8 @@ def test_the_benchmark(monkeypatch):
     }
     budgets = {key: metrics for key, metrics in parts.items() if key[0] == "budgets"}
     assert len(budgets) == 4
-    for (_, condition, _), metrics in budgets.items():
+    for metrics in budgets.values():
         assert metrics["requests"] + metrics["refused"] == 6
-        assert (condition == "idle") == (metrics["slowdown"] == 1.0)
+        assert 0.2 < metrics["slowdown"] < 20
+        assert len(metrics.get("k", [])) == metrics["requests"]
         assert all(0 <= metrics[name] <= 1 for name in ("bound_coverage", "within_frac") if metrics["requests"])

@@ -12,8 +12,9 @@ from adallava.cost.forecast import Forecaster
 from adallava.cost.work import DECODE, PREFILL, TAIL, prefill_work
 from adallava.errors import BudgetError, ImageError, ProfileError, ResultExistsError
 from adallava.evaluation.samples import SampleFile
+from adallava.hosts import model
 from adallava.hosts.answer import Stopwatch
-from adallava.hosts.budgets import Batch, resolve_budgets
+from adallava.hosts.budgets import Batch, Looks, how_often
 from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.hosts.profiles import FOLDER_VARIABLE, fingerprint, profile_path
 from adallava.hosts.threads import CoreMeter
@@ -118,7 +119,7 @@ def test_the_time_that_went_by_before_counts():
     budget = Budget.parse(f"{upper(2) + 1} ms")
     for elapsed, k in ((0.0, 2), (2.0, 1), (1.25 * EACH, 1), (1.25 * EACH + 2, 0)):
         batch = Batch([[20] * 6], images=1, elapsed_ms=elapsed)
-        assert resolve_budgets([budget], vlm.adaptive_config, vlm.spec, batch, clock)[0].k == k
+        assert Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock).resolved[0].k == k
 
 
 def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
@@ -126,7 +127,8 @@ def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
     batch = Batch([[20] * 6], images=1)
 
     def resolve():
-        return resolve_budgets([Budget.parse(f"{upper(3) + 1} ms")], vlm.adaptive_config, vlm.spec, batch, clock)[0]
+        budgets = [Budget.parse(f"{upper(3) + 1} ms")]
+        return Looks(budgets, vlm.adaptive_config, vlm.spec, batch, clock).resolved[0]
 
     work = prefill_work(vlm.adaptive_config, batch.lengths, [3], 1)
     assert resolve().k == 3
@@ -151,6 +153,7 @@ def looking_twice(vlm, monkeypatch):
     vlm.profiles.use(profile_of(vlm, **stages))
     passed = {"ms": BEFORE}
     monkeypatch.setattr(Stopwatch, "decided", lambda self: passed["ms"])
+    monkeypatch.setattr(model, "how_often", lambda device, mode: "twice")
     vlm.passed = passed
     return vlm
 
@@ -207,6 +210,101 @@ def test_an_answer_after_a_second_look_is_that_of_its_k_with_the_token_of_the_fi
     assert answer.plan.k[0] == 3  # all layers, whatever the token says
     assert again.cost == answer.cost
     assert answer.timing.decided_ms is None  # nobody noted when: the test told
+
+
+class Clock:
+    """A stopwatch that shows what it is told, one time after the other."""
+
+    def __init__(self, *times):
+        self.times = [time * EACH for time in times]
+
+    def decided(self):
+        return self.times.pop(0)
+
+    passed_ms = decided
+
+
+# Expected and bounded by, for 0 to 3 layers to come: 0.5, 1.5, 2.5, 3.5 and 0.625, 1.875, 3.125, 4.375, in layers.
+@pytest.mark.parametrize(
+    ("left", "asked", "late", "allowed"),
+    [
+        (4.4, 2, 0.0, [3, 2, 1]),  # time for everything, as foretold
+        (4.15, 2, 0.0, [3, 2, 1]),  # likely so: the upper bound of two layers holds, and of the third the forecast
+        (4.1, 3, 0.0, [2, 2, 1]),  # the last one was left out at first, and there is time for it
+        (4.4, 3, 1.3, [3, 1, 0]),  # the first layer took longer
+        (4.4, 3, 3.9, [3, 0, 0]),
+        (1.9, 3, 0.0, [1, 0, 0]),
+        (1.8, 1, 0.0, [0, 0, 0]),
+        (0.5, 3, 0.0, [0, 0, 0]),  # too late for anything
+    ],
+)
+def test_layers_to_come_make_up_for_those_that_ran(vlm, left, asked, late, allowed):
+    """Each layer takes what it should, but for the first, which is late; of all that it may run, one runs at a time."""
+    stages = {"prefill": stage(PREFILL, BEFORE + HEAD, EACH), "tail": stage(TAIL, HEAD, EACH)}
+    clock = Forecaster(profile_of(vlm, **stages))
+    decided, deciding = 7.9 - left, 0.2  # of the 0.5, which is over then
+    first = decided + deciding + (allowed[0] > 0) + late
+    watch = Clock(decided, decided + deciding, first, first + (allowed[1] > 0))
+    budget = Budget.parse(f"{7.9 * EACH} ms")
+    looks = Looks(
+        [budget], vlm.adaptive_config, vlm.spec, Batch([[20] * 6], images=1), clock, watch, often="each layer"
+    )
+    told = [looks(3, [asked])[0]]
+    promise = looks.resolved[0].forecast
+    looks.decided()
+    for layer in (4, 5):
+        told.append(looks(layer, [max(0, told[-1] - 1)])[0])
+    assert told == allowed
+    assert looks.resolved[0].k == sum(each > 0 for each in allowed)
+    assert looks.resolved[0].forecast == promise, "what was promised when the plan was decided stays"
+    assert (promise.upper_ms <= budget.ms) == (promise.remark is None) == (left >= 0.625)
+
+
+@pytest.fixture
+def looking_often(looking_twice, monkeypatch):
+    """The same model, looking before every layer, when it is as late as ``vlm.late["ms"]`` says."""
+    late, calls = {"ms": 0.0}, []
+
+    def passed_ms(watch):
+        calls.append(watch)
+        deciding = calls.count(watch) == 1
+        return looking_twice.passed["ms"] + (0.0 if deciding else late["ms"])
+
+    monkeypatch.setattr(model, "how_often", lambda device, mode: "each layer")
+    monkeypatch.setattr(Stopwatch, "passed_ms", passed_ms)
+    looking_twice.late, looking_twice.calls = late, calls
+    return looking_twice
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_plan_follows_the_clock_layer_by_layer(looking_often, late):
+    vlm = looking_often
+    vlm.late["ms"] = 9 * EACH if late else -9 * EACH
+    answer = ask(vlm, f"{BUDGET} ms", min_new_tokens=3)
+    assert len(vlm.calls) == 3, "when it is decided, and before the two layers after that, of the prompt alone"
+    assert answer.plan.layer_on[0, 4:].tolist() == [not late] * 2
+    assert answer.budget.k == answer.plan.k[0]
+    assert ask(vlm, "100%", plan=answer.plan).cost == answer.cost
+    vlm.calls.clear()
+    assert ask(vlm, "50%").plan.k == [0] and not vlm.calls, "a share needs no clock"
+
+
+def test_other_rows_keep_their_plans_layer_by_layer(looking_often):
+    vlm = looking_often
+    vlm.late["ms"] = 99 * EACH
+    requests = [Request(QUESTION, IMAGES[i], budget=b) for i, b in enumerate(["83%", "100%", f"{20 * EACH} ms"])]
+    answers = vlm.generate_batch(requests, **options("llava"))
+    alone = [vlm.generate_batch([request], **options("llava"))[0] for request in requests[:2]]
+    assert [answer.text for answer in answers[:2]] == [answer.text for answer in alone]
+    assert [answer.plan for answer in answers[:2]] == [answer.plan for answer in alone]
+    assert answers[2].plan.layer_on[0, 3:].tolist() == [True, False, False]
+    assert answers[2].budget.k == answers[2].plan.k[0] == 1
+
+
+def test_who_looks_how_often():
+    cpu = torch.device("cpu")
+    assert [how_often(cpu, mode) for mode in ("learned", "random", "static")] == ["each layer", "twice", "twice"]
+    assert how_often(torch.device("cuda"), "learned") == "twice"
 
 
 def test_an_input_outside_the_measured_range_is_flagged(vlm):

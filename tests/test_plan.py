@@ -48,6 +48,13 @@ def test_reading_h():
     assert h_plan("0000/0000", "1111/1111").layer_on.tolist() == [[True, True, False, True]]
 
 
+def test_what_is_left():
+    plan = l_plan(".#...#", ".....#")
+    assert [plan.left_from(layer) for layer in range(6, 12)] == [[2, 1], [2, 1], *[[1, 1]] * 4]
+    assert plan.left_from(0) == plan.k
+    assert h_plan("1100/0011", "1111/1111").left_from(3) == [2]
+
+
 def test_full():
     for config in (L, H):
         plan = ExecutionPlan.full(config, 2)

@@ -154,6 +154,21 @@ class TestEveryConfig:
         torch.testing.assert_close(means[0], torch.full_like(means[0], k / config.max_k), atol=0.02, rtol=0)
 
 
+@settings(deadline=None, max_examples=60)
+@given(requests(), st.data())
+def test_the_last_layers_can_be_decided_again(request, data):
+    config, logits, k, _ = request
+    layer = data.draw(st.integers(config.prefix_layers, config.num_layers - 1))
+    plan = ExecutionPlan(greedy_gates(logits, k, config), config)
+    left = torch.tensor(plan.left_from(layer))
+    again = greedy_gates(logits, left, config, first_layer=layer)
+    assert torch.equal(again[:, layer:], plan.gates[:, layer:]), "what was to run there is what is likeliest there"
+    assert not again[:, config.prefix_layers : layer].any()
+    room = (config.num_layers - layer) * config.switches_per_layer
+    other = torch.tensor([data.draw(st.integers(0, room)) for _ in k])
+    assert ExecutionPlan(greedy_gates(logits, other, config, first_layer=layer), config).k == other.tolist()
+
+
 def test_static_is_spread():
     config = make("L", tail=8)
     rows = ExecutionPlan(static_gates(torch.arange(9), config), config).describe().splitlines()

@@ -89,6 +89,10 @@ class ExecutionPlan:
         """Switches on beyond the prefix, for each row."""
         return self.switches_on.sum(-1).tolist()
 
+    def left_from(self, layer: int) -> list[int]:
+        """Switches on beyond the prefix in ``layer`` and those after it, for each row."""
+        return self.switches_on[:, max(0, layer - self.config.prefix_layers) :].sum(-1).tolist()
+
     @property
     def fraction(self) -> list[float]:
         """Share of the model's switches that are on, prefix included, for each row."""

@@ -2,7 +2,9 @@
 
 A model is calibrated as a user would, then asked with random budgets. Each request is asked twice, under a forecaster
 that learns and under one that keeps to the profile, in random order. Budgets are drawn between what the least and the
-whole model are bounded by, times the slowdown where another process burns a core: otherwise none could be kept.
+whole model are bounded by, times how much longer the last few requests took than the profile says, each asked just
+before, of no forecaster: otherwise none could be kept beside another process, and where a machine is shared with
+others, it would be their work that is measured.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.results import ResultRow, provenance
 
 CALIBRATION_SECONDS = 50.0
-_SLOWDOWN_REQUESTS = 15
+_SLOWDOWN_OF = 5  # requests
 _SETTLE_SECONDS = 1.0
 _CORRECTED = {"profile": False, "corrected": True}
 
@@ -62,8 +64,7 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     rows = [_row(settings, vlm, {"part": "prediction", **told}, metrics) for told, metrics in foretold]
     for condition in ("idle", "one core burnt"):
         with _burning(condition != "idle"):
-            slowdown = _slowdown(vlm, profile, settings) if condition != "idle" else 1.0
-            results = _requests(vlm, profile, settings, slowdown)
+            results, slowdown = _requests(vlm, profile, settings)
         for name, (outcomes, refused) in results.items():
             config: dict[str, object] = {"part": "budgets", "condition": condition, "forecaster": name}
             rows.append(_row(settings, vlm, config, {"slowdown": slowdown, **_summary(outcomes, refused)}))
@@ -86,38 +87,49 @@ def _row(settings: BenchSettings, vlm: AdaptiveVLM, config: dict[str, object], m
 
 
 def _requests(
-    vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings, slowdown: float
-) -> dict[str, tuple[list[_Outcome], int]]:
-    """What ``rounds`` requests under random budgets came to, per forecaster, with how many were refused."""
+    vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings
+) -> tuple[dict[str, tuple[list[_Outcome], int]], float]:
+    """What ``rounds`` requests under random budgets came to, per forecaster, with how many were refused.
+
+    And the slowdown, its median.
+    """
     rng = random.Random(settings.seed + 1)
     forecasters = {name: Forecaster(profile, correct=correct) for name, correct in _CORRECTED.items()}
     told: dict[str, list[_Outcome]] = {name: [] for name in forecasters}
     refused = dict.fromkeys(forecasters, 0)
     batches = random_batches(vlm, _asked(settings.seed + 2))
-    # The first requests of a condition are where the correction learns; they count like the others.
-    for number in range(settings.rounds + 1):
+    slowdowns: list[float] = []
+    # The first of a condition, which are not counted, tell the slowdown, and pay for what none after them does.
+    for number in range(settings.rounds + _SLOWDOWN_OF):
         request = next(batches)[0]
-        budget = _draw(vlm, profile, request, slowdown, rng)
+        probe = _probe(vlm, profile, request)
+        slowdowns.append(probe.slowdown)
+        slowdown = statistics.median(slowdowns[-_SLOWDOWN_OF:])
+        budget = Budget.parse(f"{probe.prepare_ms + slowdown * rng.uniform(*probe.bounds_ms):.2f} ms")
         for name in rng.sample(list(forecasters), len(forecasters)):
             vlm.profiles.use(forecasters[name])
             try:
                 answer = ask(vlm, [Request(request.question, request.images, budget=budget)], 2)[0]
             except BudgetError:
-                refused[name] += number > 0
+                refused[name] += number >= _SLOWDOWN_OF
                 continue
-            if number > 0:  # the first one pays for what none after it does
+            if number >= _SLOWDOWN_OF:
                 told[name].append(_outcome(float(budget.ms), answer))
-    return {name: (told[name], refused[name]) for name in forecasters}
+    return {name: (told[name], refused[name]) for name in forecasters}, statistics.median(slowdowns)
 
 
-def _outcome(budget: float, answer: Answer) -> _Outcome:
-    assert answer.foretold is not None and answer.budget is not None and answer.budget.forecast is not None
-    first, took = answer.foretold.first_token, answer.timing.answered_ms
-    return _Outcome(budget, first.ms, first.upper_ms, answer.budget.forecast.upper_ms, took, answer.budget.k)
+@dataclass(frozen=True)
+class _Probe:
+    """A request as it is answered now, with as little as can be."""
+
+    prepare_ms: float
+    slowdown: float
+    """What its prefill took, over what the profile says."""
+    bounds_ms: tuple[float, float]
+    """What the profile bounds the prefill by, of the least and of the whole model."""
 
 
-def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: float, rng: random.Random) -> Budget:
-    """A budget between the bounds of the least and of the whole model for this request."""
+def _probe(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request) -> _Probe:
     config = vlm.adaptive_config
     vlm.profiles.use(None)  # this request is neither forecaster's to learn from
     least = vlm.reachable_budgets()[0]
@@ -125,8 +137,14 @@ def _draw(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request, slowdown: 
     lengths, images = [answer.layer_tokens], int(request.images is not None)
     works = [prefill_work(config, lengths, [k], images) for k in (0, config.max_k if config is not None else 0)]
     low, high = (profile.prefill.forecast(work).upper_ms for work in works)
-    ms = answer.timing.prepare_ms + slowdown * rng.uniform(low, high)
-    return Budget.parse(f"{ms:.2f} ms")
+    slowdown = answer.timing.first_token_ms / profile.prefill.predict_ms(works[0])
+    return _Probe(answer.timing.prepare_ms, slowdown, (low, high))
+
+
+def _outcome(budget: float, answer: Answer) -> _Outcome:
+    assert answer.foretold is not None and answer.budget is not None and answer.budget.forecast is not None
+    first, took = answer.foretold.first_token, answer.timing.answered_ms
+    return _Outcome(budget, first.ms, first.upper_ms, answer.budget.forecast.upper_ms, took, answer.budget.k)
 
 
 def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
@@ -144,6 +162,7 @@ def _summary(outcomes: Sequence[_Outcome], refused: int) -> dict[str, object]:
         "use": statistics.fmean(o.took / o.budget for o in outcomes),
         "mean_k": statistics.fmean(o.k for o in outcomes),
         "ms": [[o.budget, o.expected, o.upper, o.promised, o.took] for o in outcomes],
+        "k": [o.k for o in outcomes],
     }
 
 
@@ -169,18 +188,6 @@ def _burning(wanted: bool) -> Iterator[None]:
 def _burn() -> None:
     for _ in itertools.count():
         pass
-
-
-def _slowdown(vlm: AdaptiveVLM, profile: DeviceProfile, settings: BenchSettings) -> float:
-    """Median of measured over foretold under the present condition."""
-    recorder = Recorder()
-    vlm.profiles.use(Forecaster(profile, correct=False))
-    batches = random_batches(vlm, _asked(settings.seed + 3))
-    with vlm.profiles.recorded_by(recorder):
-        for requests in itertools.islice(batches, _SLOWDOWN_REQUESTS):
-            ask(vlm, requests, 2)
-    prefills = [one.prefill for one in recorder.measured]
-    return statistics.median(one.ms / profile.prefill.predict_ms(one.work) for one in prefills)
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------

@@ -108,6 +108,10 @@ class Stopwatch(StoppingCriteria):
         self._decided = device_now(self._device)
         return 1e3 * (self._decided - self._called)
 
+    def passed_ms(self) -> float:
+        """Milliseconds since the call."""
+        return 1e3 * (device_now(self._device) - self._called)
+
     def token(self) -> None:
         """Note that a token is there."""
         self._tokens.append(device_now(self._device))

@@ -3,17 +3,22 @@
 A share and an amount of FLOPs buy each request its own k. Milliseconds are different: a batch ends its prefill
 together, so all its requests with a budget in time get one k, the largest that keeps every one of them.
 
-What they get is looked at twice. Before the prefill it is told whether the budget can be kept, and what the latency
-token is to say. When the prefix has run and the plan is decided, most of the time is not a forecast any more: it has
-gone by. So what a quick prefix left over is spent, and what a slow one took too much is saved.
+What they get is looked at several times. Before the prefill it is told whether the budget can be kept, and what the
+latency token is to say. When the prefix has run and the plan is decided, most of the time is not a forecast any more:
+it has gone by. On a CPU, where reading the clock costs nothing, the same is asked before every layer after that, so
+that a layer that took long is made up for by those to come, and time that was left over is spent. Elsewhere the clock
+can only be read when everything before it is done, so once has to do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
 
 from adallava.budget import Budget, Forecast, ResolvedBudget
 from adallava.config import AdaptiveConfig
@@ -22,8 +27,12 @@ from adallava.cost.calibration import Measured, Measurement
 from adallava.cost.forecast import Forecaster
 from adallava.cost.work import Work, decode_work, prefill_work, tail_work
 from adallava.errors import BudgetError
-from adallava.hosts.answer import Timing
+from adallava.hosts.answer import Stopwatch, Timing
 from adallava.hosts.visual import Selector
+from adallava.scheduling.scheduler import Mode
+
+Often = Literal["once", "twice", "each layer"]
+"""How often budgets in time are looked at: before the prefill, at the decision too, before every layer after it too."""
 
 
 @dataclass(frozen=True)
@@ -45,68 +54,202 @@ class Batch:
         return [[tokens + self.new_tokens - 1 for tokens in row] for row in self.lengths]
 
 
-def resolve_budgets(
-    budgets: Sequence[Budget],
-    config: AdaptiveConfig | None,
-    spec: ModelSpec,
-    batch: Batch,
-    forecaster: Forecaster | None = None,
-    *,
-    again: bool = True,
-) -> list[ResolvedBudget | None]:
-    """What each budget buys; None for a base model (``config`` None). ``BudgetError`` names what is below its minimum.
+class Looks:
+    """What the budgets of a batch buy: ``resolved``, first looked at when this is made, and by calls as time goes by.
 
-    forecaster: needed for budgets in milliseconds. again: there will be a ``SecondLook``, so that k need not be sure.
-    """
-    resolved = [
-        None if budget.timed else resolve_budget(budget, config, spec, row)
-        for budget, row in zip(budgets, batch.lengths, strict=True)
-    ]
-    timed = [row for row, budget in enumerate(budgets) if budget.timed]
-    if not timed:
-        return resolved
-    assert forecaster is not None, "a timed budget is refused where there is no profile"
-    clock = _Clock(config, batch, [one.k if one else 0 for one in resolved], timed, forecaster)
-    k = _first_k(clock, [budgets[row] for row in timed], again)
-    if config is not None:
-        total, prefix = config.total_switches, config.prefix_switches
-        for row in timed:
-            resolved[row] = ResolvedBudget(budgets[row], k, prefix, total, _promise(budgets[row], clock, k))
-    return resolved
-
-
-class SecondLook:
-    """What a request's state asks when the prefix has run: k again, from the time that is left then.
-
-    resolved: what the first look gave each row; the second's once it was asked. forecaster: None where no budget is in
-    time. decided_ms: notes that the prefix has run, and tells the time since the call.
+    config: None for a base model, which runs everything. forecaster: needed for budgets in milliseconds. watch: needed
+    for the looks after the first. often: how many there are. Raises ``BudgetError`` for what is below its minimum.
     """
 
     def __init__(
         self,
-        resolved: Sequence[ResolvedBudget | None],
-        config: AdaptiveConfig,
+        budgets: Sequence[Budget],
+        config: AdaptiveConfig | None,
+        spec: ModelSpec,
         batch: Batch,
-        forecaster: Forecaster | None,
-        decided_ms: Callable[[], float],
+        forecaster: Forecaster | None = None,
+        watch: Stopwatch | None = None,
+        *,
+        often: Often = "once",
     ) -> None:
-        self.resolved = list(resolved)
-        self._config, self._batch, self._forecaster, self._decided_ms = config, batch, forecaster, decided_ms
+        self.resolved: list[ResolvedBudget | None] = [
+            None if budget.timed else resolve_budget(budget, config, spec, row)
+            for budget, row in zip(budgets, batch.lengths, strict=True)
+        ]
+        self._config, self._batch, self._watch, self._often = config, batch, watch, often
+        self._timed = {row: budget for row, budget in enumerate(budgets) if budget.timed}
+        self._limits = {unit: self._least(unit) for unit in ("ms", "ms/token")}
+        self._others = [one.k if one else 0 for one in self.resolved]
+        self._tails = dict[tuple[int, ...], list[Forecast]]()
+        self._decided_ms = self._deciding_ms = 0.0
+        if not self._timed:
+            return
+        assert forecaster is not None, "a timed budget is refused where there is no profile"
+        self._forecaster = forecaster
+        self._most = self._most_by_token()
+        self._k = self._first()
+        self._tell()
 
-    def __call__(self, k: Sequence[int]) -> list[int]:
-        """The k of each row: another one where it had a budget in time to the first token, which buys it now."""
-        passed_ms = self._decided_ms()
-        budgets = {row: one.budget for row, one in enumerate(self.resolved) if one is not None and one.budget.timed}
-        forecaster = self._forecaster
-        if forecaster is None or not _two_looks(forecaster, budgets.values()):
-            return list(k)
-        clock = _Clock(self._config, self._batch, list(k), list(budgets), forecaster, passed_ms)
-        most = clock.largest_k(list(budgets.values())) or 0
-        for row, budget in budgets.items():
-            found = self.resolved[row]
-            assert found is not None
-            self.resolved[row] = replace(found, k=most, forecast=_promise(budget, clock, most))
-        return [most if row in budgets else each for row, each in enumerate(k)]
+    @property
+    def each_layer(self) -> bool:
+        """Whether there is a look before each layer beyond the prefix."""
+        return self._again and self._often == "each layer"
+
+    def __call__(self, layer: int, left: list[int]) -> list[int]:
+        """How many switches each row may still run: more than ``left``, or less, only with a budget in time."""
+        config, watch = self._config, self._watch
+        assert config is not None and watch is not None, "only a plan that is decided is looked at again"
+        decided = layer == config.prefix_layers
+        passed_ms = watch.decided() if decided else 0.0
+        if not self._again:
+            return left
+        if decided:
+            self._decided_ms = passed_ms
+        else:
+            # What comes after a decision is foretold with the time that it takes, which is over by now.
+            passed_ms = watch.passed_ms() - self._deciding_ms
+        done = 0 if decided else self._k - left[next(iter(self._timed))]
+        room = min((config.num_layers - layer) * config.switches_per_layer, max(0, self._most - done))
+        sure, k = self._within(passed_ms, room, left, last=layer == config.num_layers - 1)
+        changed, self._k = done + k != self._k, done + k
+        if decided:
+            self._tell(_later(passed_ms, self._tail(left, room), k, sure or 0))
+        elif changed:
+            self.resolved = [
+                one and replace(one, k=self._k) if row in self._timed else one for row, one in enumerate(self.resolved)
+            ]
+        return [k if row in self._timed else each for row, each in enumerate(left)]
+
+    def decided(self) -> None:
+        """Note that the first of these layers can begin."""
+        assert self._watch is not None, "given where anybody looks"
+        self._deciding_ms = self._watch.passed_ms() - self._decided_ms
+
+    # -- which k ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _again(self) -> bool:
+        """Whether k may become another one than that of the first look."""
+        if self._often == "once" or self._config is None or self._limits["ms"] is None:
+            return False
+        return self._forecaster.profile.tail is not None
+
+    def _first(self) -> int:
+        """The k that will be right when the plan is decided, as far as it is known; what cannot be kept is told.
+
+        Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best
+        that can be done, and how long it takes shows when the device is free again.
+        """
+        highest = self._config.max_k if self._config is not None else 0
+        budgets = self._timed.values()
+        fitting = (k for k in range(highest, -1, -1) if all(self._whole(one, k).upper_ms <= one.ms for one in budgets))
+        sure = next(fitting, None)
+        if sure is None:
+            for budget in budgets:
+                least = self._plain_ms(budget)
+                if least > budget.ms:
+                    raise self._infeasible(budget, least)
+        if not self._again:
+            return sure or 0
+        ends = self._whole(self._any("ms"), 0).ms - self._tail(self._others, 0)[0].ms
+        return max(sure or 0, self._within(max(self._batch.elapsed_ms, ends), self._most, self._others)[1])
+
+    def _within(self, passed_ms: float, room: int, left: list[int], *, last: bool = False) -> tuple[int | None, int]:
+        """The largest k up to ``room`` that is sure to end in time, None where none is; and the one to aim for.
+
+        Where every layer is asked again, what half of the switches take will have shown in time to mend it: of those
+        the forecast counts, and the upper bound of the other half only. left: what the others still run. last: there is
+        no later look.
+        """
+        limit, tails = self._limits["ms"], self._tail(left, room)
+        assert limit is not None, "otherwise k is not looked at again"
+        time = limit - passed_ms
+        sure = next((k for k in range(room, -1, -1) if tails[k].upper_ms <= time), None)
+        if last or not self.each_layer:
+            return sure, sure or 0
+        halves = ((k, tails[k].ms, tails[(k + 1) // 2]) for k in range(room, 0, -1))
+        aim = next((k for k, ms, half in halves if ms - half.ms + half.upper_ms <= time), 0)
+        return sure, max(sure or 0, aim)
+
+    def _most_by_token(self) -> int:
+        """The largest k whose decoding steps are quick enough; 0 where none is sure to be."""
+        highest = self._config.max_k if self._config is not None else 0
+        limit = self._limits["ms/token"]
+        if limit is None:
+            return highest
+        budget = self._any("ms/token")
+        return next((k for k in range(highest, 0, -1) if self._whole(budget, k).upper_ms <= limit), 0)
+
+    def _tell(self, later: Forecast | None = None) -> None:
+        """Note what the rows with a budget in time get. later: of the first token, where more is known of it by now."""
+        config = self._config
+        if config is None:
+            return
+        for row, budget in self._timed.items():
+            whole = self._whole(budget, self._k)
+            forecast = later if later is not None and budget.unit == "ms" else whole
+            late = "the budget may be exceeded" if forecast.upper_ms > budget.ms else None
+            forecast = replace(forecast, remark="; ".join(filter(None, [whole.remark, late])) or None)
+            found = ResolvedBudget(budget, self._k, config.prefix_switches, config.total_switches, forecast)
+            self.resolved[row] = found
+
+    # -- how long -----------------------------------------------------------------------------------------------------
+
+    def _least(self, unit: str) -> Fraction | None:
+        return min((budget.ms for budget in self._timed.values() if budget.unit == unit), default=None)
+
+    def _any(self, unit: str) -> Budget:
+        return next(budget for budget in self._timed.values() if budget.unit == unit)
+
+    def _ks(self, k: int, others: Sequence[int]) -> list[int]:
+        return [k if row in self._timed else other for row, other in enumerate(others)]
+
+    def _work(self, budget: Budget, k: int) -> Work:
+        batch, ks = self._batch, self._ks(k, self._others)
+        if budget.unit == "ms":
+            return prefill_work(self._config, batch.lengths, ks, batch.images)
+        return decode_work(self._config, batch.last_lengths, ks)
+
+    def _whole(self, budget: Budget, k: int) -> Forecast:
+        """From the call to the first token, or of a decoding step, whichever the budget is about."""
+        work = self._work(budget, k)
+        if budget.unit == "ms":
+            return self._forecaster.prefill(work, self._batch.elapsed_ms)
+        return self._forecaster.decode(work)
+
+    def _plain_ms(self, budget: Budget) -> float:
+        """The bound with k = 0 on a device as busy as when it was measured."""
+        work = self._work(budget, 0)
+        if budget.unit == "ms":
+            return self._forecaster.plain_ms("prefill", work) + self._batch.elapsed_ms
+        return self._forecaster.plain_ms("decode", work)
+
+    def _tail(self, left: list[int], room: int) -> list[Forecast]:
+        """For each k up to ``room``, or more: what comes after a decision that leaves so many switches to be run."""
+        config, key = self._config, tuple(self._ks(0, left))
+        assert config is not None, "a base model decides no plan"
+        if len(self._tails.get(key, [])) <= room:
+            works = (tail_work(config, self._batch.lengths, self._ks(k, left)) for k in range(room + 1))
+            self._tails[key] = [self._forecaster.tail(work, 0.0) for work in works]
+        return self._tails[key]
+
+    def _infeasible(self, budget: Budget, least: float) -> BudgetError:
+        config, batch = self._config, self._batch
+        why = "a base model always runs whole"
+        if config is not None:
+            why = f"{config.prefix_layers} of {config.num_layers} layers always run"
+        rows = len(batch.lengths)
+        together = f"{rows} requests together, " if rows > 1 else ""
+        need = f"{_rounded_up(least)} {budget.unit}"
+        return BudgetError(
+            f"budget {budget} is infeasible: the minimum on this device for this input is {need} ({why}; {together}"
+            f"{max(map(max, batch.lengths))} tokens). Ask for at least '{need}', or for a share such as '60%'."
+        )
+
+
+def how_often(device: torch.device, mode: Mode) -> Often:
+    """How often a prefill on ``device`` can look at its budgets in time, if who decides its plan is ``mode``."""
+    return "each layer" if device.type == "cpu" and mode == "learned" else "twice"
 
 
 def measured_of(config: AdaptiveConfig | None, batch: Batch, k: Sequence[int], timing: Timing) -> Measured:
@@ -138,108 +281,9 @@ def prompt_lengths(
     return [[t] * selector.layer + [t - d] * (layers - selector.layer) for t, d in zip(totals, dropped, strict=True)]
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """How long a batch takes if all its timed rows get k switches.
-
-    decided_ms: when the prefix had run; None before.
-    """
-
-    config: AdaptiveConfig | None
-    batch: Batch
-    fixed: list[int]
-    timed: list[int]
-    forecaster: Forecaster
-    decided_ms: float | None = None
-
-    def _ks(self, k: int) -> list[int]:
-        return [k if row in self.timed else other for row, other in enumerate(self.fixed)]
-
-    def _prefill_work(self, k: int) -> Work:
-        return prefill_work(self.config, self.batch.lengths, self._ks(k), self.batch.images)
-
-    def _decode_work(self, k: int) -> Work:
-        return decode_work(self.config, self.batch.last_lengths, self._ks(k))
-
-    def forecast(self, budget: Budget, k: int) -> Forecast:
-        if budget.unit == "ms":
-            return self._tail(k, self.decided_ms) if self.decided_ms is not None else self._prefill(k)
-        return self.forecaster.decode(self._decode_work(k))
-
-    def remark(self, budget: Budget, k: int) -> str | None:
-        """What is unusual about the request or the device; of the whole prefill, also when most of it is over."""
-        return (self._prefill(k) if budget.unit == "ms" else self.forecast(budget, k)).remark
-
-    def _prefill(self, k: int) -> Forecast:
-        return self.forecaster.prefill(self._prefill_work(k), self.batch.elapsed_ms)
-
-    def _tail(self, k: int, decided_ms: float) -> Forecast:
-        assert self.config is not None, "a base model decides no plan"
-        return self.forecaster.tail(tail_work(self.config, self.batch.lengths, self._ks(k)), decided_ms)
-
-    def expected_at_decision(self) -> _Clock:
-        """This clock when the prefix will have run, as far as it is known."""
-        left = self._tail(0, 0.0).ms
-        return replace(self, decided_ms=max(self.batch.elapsed_ms, self._prefill(0).ms - left))
-
-    def plain_ms(self, budget: Budget, k: int) -> float:
-        """The bound on a device as busy as when it was measured."""
-        if budget.unit == "ms":
-            return self.forecaster.plain_ms("prefill", self._prefill_work(k)) + self.batch.elapsed_ms
-        return self.forecaster.plain_ms("decode", self._decode_work(k))
-
-    def largest_k(self, budgets: Sequence[Budget]) -> int | None:
-        """The largest k with which every budget holds; None where not even 0 is sure to."""
-        highest = self.config.max_k if self.config is not None else 0
-        fitting = (
-            k
-            for k in range(highest, -1, -1)
-            if all(self.forecast(budget, k).upper_ms <= budget.ms for budget in budgets)
-        )
-        return next(fitting, None)
-
-
-def _first_k(clock: _Clock, budgets: Sequence[Budget], again: bool) -> int:
-    """The k that will be right when the plan is decided, as far as it is known; what cannot be kept is told.
-
-    Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best that
-    can be done, and how long it takes shows when the device is free again.
-    """
-    sure = clock.largest_k(budgets)
-    if sure is None:
-        for budget in budgets:
-            least = clock.plain_ms(budget, 0)
-            if least > budget.ms:
-                raise _infeasible(budget, least, clock)
-    if not again or clock.config is None or not _two_looks(clock.forecaster, budgets):
-        return sure or 0
-    return max(sure or 0, clock.expected_at_decision().largest_k(budgets) or 0)
-
-
-def _two_looks(forecaster: Forecaster, budgets: Iterable[Budget]) -> bool:
-    """Whether there is anything to be seen when the plan is decided."""
-    return forecaster.profile.tail is not None and any(budget.unit == "ms" for budget in budgets)
-
-
-def _promise(budget: Budget, clock: _Clock, k: int) -> Forecast:
-    """The forecast with k, with a remark where it is no promise."""
-    forecast = clock.forecast(budget, k)
-    remarks = [clock.remark(budget, k), "the budget may be exceeded" if forecast.upper_ms > budget.ms else None]
-    return replace(forecast, remark="; ".join(filter(None, remarks)) or None)
-
-
-def _infeasible(budget: Budget, least: float, clock: _Clock) -> BudgetError:
-    config, batch = clock.config, clock.batch
-    why = "a base model always runs whole"
-    if config is not None:
-        why = f"{config.prefix_layers} of {config.num_layers} layers always run"
-    rows = len(batch.lengths)
-    together = f"{rows} requests together, " if rows > 1 else ""
-    need = f"{_rounded_up(least)} {budget.unit}"
-    return BudgetError(
-        f"budget {budget} is infeasible: the minimum on this device for this input is {need} ({why}; {together}"
-        f"{max(map(max, batch.lengths))} tokens). Ask for at least '{need}', or for a share such as '60%'."
-    )
+def _later(passed_ms: float, tails: list[Forecast], k: int, sure: int) -> Forecast:
+    """When k switches will have run, and when at the latest, if they come down to ``sure`` where they take long."""
+    return Forecast(passed_ms + tails[k].ms, passed_ms + max(tails[k].ms, tails[sure].upper_ms))
 
 
 def _rounded_up(ms: float) -> str:

@@ -49,21 +49,25 @@ class LayerRun:
     prompt_mlp: tuple[Bundle, ...] = ()
 
 
-def compile_plan(plan: ExecutionPlan, device: torch.device) -> tuple[LayerRun, ...]:
-    """Compile a plan [B, L, 2, G] into one ``LayerRun`` per layer, its row indices on ``device``."""
-    return tuple(_compile_layer(plan.gates[:, layer], device) for layer in range(plan.gates.shape[1]))
+def compile_plan(plan: ExecutionPlan, device: torch.device, first: int = 0) -> tuple[LayerRun, ...]:
+    """Compile a plan [B, L, 2, G] into one ``LayerRun`` per layer from ``first`` on, its row indices on ``device``."""
+    gates = plan.gates[:, first:].transpose(0, 1)
+    # Asked of all layers at once: a small model's request would notice a few operations for each of them.
+    on, full = (flags.tolist() for flags in (gates.flatten(2).any(-1), gates.flatten(2).all(-1)))
+    return tuple(_compile_layer(*layer, device) for layer in zip(gates, on, full, strict=True))
 
 
-def _compile_layer(gates: Tensor, device: torch.device) -> LayerRun:
-    """Gates of one layer: bool [B, 2, G] on the CPU."""
-    row_on = gates.flatten(1).any(-1)
-    if not row_on.any():
+def _compile_layer(gates: Tensor, on: list[bool], full: list[bool], device: torch.device) -> LayerRun:
+    """Gates of one layer: bool [B, 2, G] on the CPU. on, full: whether each row runs any of it, and all of it."""
+    if all(full):
+        return LayerRun(Mode.FULL)
+    if not any(on):
         return LayerRun(Mode.SKIP)
-    rows = None if row_on.all() else row_on.nonzero()[:, 0]
+    rows = None if all(on) else torch.tensor([row for row, some in enumerate(on) if some])
     active = gates if rows is None else gates[rows]
     rows = rows if rows is None else rows.to(device)
-    if active.all():
-        return LayerRun(Mode.FULL if rows is None else Mode.ROWS, rows)
+    if full == on:
+        return LayerRun(Mode.ROWS, rows)
     attention, mlp = active[:, 0], active[:, 1]
     bundles = [make(half, device) for make in (_bundles, _by_row) for half in (attention, mlp)]
     return LayerRun(Mode.SLICES, rows, *bundles)

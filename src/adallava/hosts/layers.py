@@ -54,6 +54,8 @@ class AdaptiveLayer:
             kwargs = cut.arguments(kwargs, hidden_states, "flash" in self.self_attn.config._attn_implementation)
         if index == ada_state.prefix_layers:
             ada_state.decide(hidden_states, self._gated(ada_state))
+        elif index > ada_state.prefix_layers and not ada_state.past_tokens:
+            ada_state.look_again(index)
         out = super().__call__(hidden_states, *args, ada_state=ada_state, **kwargs)  # type: ignore[misc]
         return cut.leave(out) if cut is not None and index == cut.layers - 1 else out
 

@@ -21,7 +21,7 @@ from adallava.cost.forecast import Forecaster
 from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Foretold, Stopwatch, Timing
 from adallava.hosts.arch import architecture_of
-from adallava.hosts.budgets import Batch, SecondLook, measured_of, prompt_lengths, resolve_budgets
+from adallava.hosts.budgets import Batch, Looks, how_often, measured_of, prompt_lengths
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
 from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
@@ -293,14 +293,12 @@ class AdaptiveVLM(nn.Module):
                 elapsed_ms=watch.selected(),
                 new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
             )
-            resolved = resolve_budgets(budgets, self.adaptive_config, self.spec, batch, clock, again=plan is None)
-            look = None
+            often = how_often(self.device, mode or self.mode) if plan is None else "once"
+            looks = Looks(budgets, self.adaptive_config, self.spec, batch, clock, watch, often=often)
             if self.adaptive_config is not None:
-                if self.profiles.learning(selector):
-                    asked = clock if plan is None else None
-                    look = SecondLook(resolved, self.adaptive_config, batch, asked, watch.decided)
+                look = looks if self.profiles.learning(selector) else None
                 settings = {"plan": plan, "mode": mode or self.mode, "generator": generator, "images": images}
-                state = self._prepare(inputs, resolved, selector, look=look, **settings)
+                state = self._prepare(inputs, looks.resolved, selector, look=look, **settings)
             elif plan is not None or mode is not None:
                 raise ConfigError("this is a base model: it follows no plan. Load an adaptive model.")
             elif selector.name != "none":
@@ -324,8 +322,7 @@ class AdaptiveVLM(nn.Module):
                 ran = state.plan.k if state is not None and state.plan is not None else [0] * len(requests)
                 measured = measured_of(self.adaptive_config, batch, ran, watch.timing)
                 foretold = self.profiles.account(selector, measured, batch.elapsed_ms)
-            resolved = resolved if look is None else look.resolved
-            return self._answers(texts, resolved, state, watch.timing, prompt_tokens, lengths, foretold)
+            return self._answers(texts, looks.resolved, state, watch.timing, prompt_tokens, lengths, foretold)
 
     def _budget(self, budget: object) -> Budget:
         """Read a budget; what is wrong with it for any input is told before the images are read."""

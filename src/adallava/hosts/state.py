@@ -9,8 +9,7 @@ no scheduler: then nothing is put in and nothing decided, and everything runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,25 @@ from adallava.hosts.cut import TokenCut
 from adallava.hosts.execution import LayerRun, compile_plan
 from adallava.hosts.heads import Parts
 from adallava.plan import ExecutionPlan
-from adallava.scheduling.sampling import NoiseSource
+from adallava.scheduling.sampling import NoiseSource, greedy_gates
 from adallava.scheduling.scheduler import Mode, Scheduler
 
 if TYPE_CHECKING:
     from adallava.hosts.graphs import DecodeGraphs
+
+
+class Look(Protocol):
+    """Whoever follows the clock while a prompt runs."""
+
+    @property
+    def each_layer(self) -> bool:
+        """Whether to be asked before each layer beyond the prefix, not before the first of them only."""
+
+    def __call__(self, layer: int, left: list[int]) -> list[int]:
+        """How many switches each row [B] may still run, of ``left`` ones that it was to run from ``layer`` on."""
+
+    def decided(self) -> None:
+        """Note that the first of these layers can begin."""
 
 
 class RequestState:
@@ -38,7 +51,7 @@ class RequestState:
     gated: compute everything and multiply by gates (training) rather than skip; None: as the layers' ``training``.
     cut: drops image tokens inside the decoder. images: [M, D] for each row, what its image placeholders stand for where
         tokens were selected before the decoder; None: the host encodes the pictures itself.
-    look: asked for k [B] once more when the prefix has run; a ``plan`` to obey stays as it is.
+    look: asked again and again how much may run; a ``plan`` to obey stays as it is.
     """
 
     def __init__(
@@ -55,7 +68,7 @@ class RequestState:
         generator: torch.Generator | None = None,
         cut: TokenCut | None = None,
         images: list[Tensor] | None = None,
-        look: Callable[[list[int]], list[int]] | None = None,
+        look: Look | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.cut, self.images, self.look = cut, images, look
@@ -125,7 +138,7 @@ class RequestState:
         if self.decided:
             return
         if self.look is not None:
-            self.k = torch.tensor(self.look(self.k.tolist()))
+            self.k = torch.tensor(self.look(self.prefix_layers, self.k.tolist()))
         batch = hidden_states.shape[0]
         assert self.latency_index is not None
         rows = torch.arange(batch, device=hidden_states.device)
@@ -141,6 +154,24 @@ class RequestState:
         if not gated:
             self.plan = ExecutionPlan(gates > 0.5, self.config)
             self.runs = compile_plan(self.plan, hidden_states.device)
+        if self.look is not None and self.look.each_layer:
+            self.look.decided()
+
+    def look_again(self, layer: int) -> None:
+        """Decide the layers from ``layer`` on anew where more may run there by now, or less, than was planned."""
+        if self.look is None or not self.look.each_layer or self.plan is None or self.forced is not None:
+            return
+        left = self.plan.left_from(layer)
+        k = self.look(layer, left)
+        if k == left:
+            return
+        assert self.logits is not None and self.gates is not None and self.runs is not None, "it is decided"
+        wanted = torch.tensor(k, device=self.gates.device)
+        rest = greedy_gates(self.logits, wanted, self.config, first_layer=layer)[:, layer:]
+        self.gates = torch.cat((self.gates[:, :layer], rest), 1)
+        self.plan = ExecutionPlan(self.gates > 0.5, self.config)
+        self.k = torch.tensor(self.plan.k)
+        self.runs = self.runs[:layer] + compile_plan(self.plan, self.gates.device, layer)
 
     def _scheduled(self, state: Tensor, k: Tensor, gated: bool) -> Tensor:
         assert self.scheduler is not None

@@ -18,7 +18,7 @@ from adallava.cost.calibration import Measurement
 from adallava.cost.work import Work, decode_work, prefill_work
 from adallava.errors import ConfigError
 from adallava.hosts.answer import Stopwatch, device_now
-from adallava.hosts.budgets import Batch, SecondLook, measured_of, prompt_lengths, resolve_budgets
+from adallava.hosts.budgets import Batch, Looks, how_often, measured_of, prompt_lengths
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.inputs import insert_latency_slot, moved
 from adallava.hosts.joining import Joined, Row, part
@@ -86,12 +86,12 @@ def start(vlm: AdaptiveVLM, prepared: Prepared, budget: Budget, elapsed_ms: floa
     watch = Stopwatch(vlm.device, elapsed_ms)
     clock = vlm.profiles.get(vlm, vlm.token_selection, budget) if budget.timed else None
     batch = replace(prepared.batch, elapsed_ms=elapsed_ms)
-    (resolved,) = resolve_budgets([budget], vlm.adaptive_config, vlm.spec, batch, clock)
-    assert resolved is not None, "the model is adaptive"
-    assert vlm.adaptive_config is not None, "as checked before any step"
+    often = how_often(vlm.device, vlm.mode)
+    looks = Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock, watch, often=often)
+    (resolved,) = looks.resolved
+    assert resolved is not None, "the model is adaptive, as checked before any step"
     inputs, index = insert_latency_slot(prepared.inputs, vlm._slot_id())
-    look = SecondLook([resolved], vlm.adaptive_config, batch, clock, watch.decided)
-    state = vlm.request_state(torch.tensor([resolved.k]), latency_index=index, images=prepared.images, look=look)
+    state = vlm.request_state(torch.tensor([resolved.k]), latency_index=index, images=prepared.images, look=looks)
     cache = AdaptiveCache(state)
     watch.prepared()
     out = vlm.model(**inputs, ada_state=state, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -103,7 +103,7 @@ def start(vlm: AdaptiveVLM, prepared: Prepared, budget: Budget, elapsed_ms: floa
     (row,) = part(Joined(cache, inputs["attention_mask"]))
     tokens = prepared.batch.lengths[0]
     cost = plan_cost(vlm.spec, plan_loads(vlm.spec, state.plan, 0), tokens, prepared.prompt_tokens + 1)
-    (resolved,) = look.resolved
+    (resolved,) = looks.resolved
     assert resolved is not None
     return Started(row, logits, resolved, cost)
 

@@ -57,8 +57,10 @@ def sample_gates(
     return expand_tail(gates.expand(-1, -1, 2, config.groups), config)
 
 
-def greedy_gates(logits: Tensor, k: Tensor, config: AdaptiveConfig) -> Tensor:
+def greedy_gates(logits: Tensor, k: Tensor, config: AdaptiveConfig, *, first_layer: int = 0) -> Tensor:
     """Return the most likely gates: bool [B, L, 2, G] for logits [B, S] and k int64 [B].
+
+    first_layer: switches of tail layers before it are not to be had; k is at most those of the layers from it on.
 
     L: the k largest logits, ties to the lower layer. H: k times the layer with the largest remaining logit, then its
     largest remaining attention and MLP columns. Both are one sort: a layer's j-th visit takes ranks j*r..j*r+r-1 of
@@ -69,6 +71,7 @@ def greedy_gates(logits: Tensor, k: Tensor, config: AdaptiveConfig) -> Tensor:
     scores = _tail_view(logits.detach(), config)
     by_rank, rank = _sort_columns(scores)
     keys = by_rank[..., :: config.groups_per_switch if config.variant == "H" else 1].amax(2)  # [B, N-P, visits]
+    keys[:, : max(0, first_layer - config.prefix_layers)] = float("-inf")
     visits = _top_k(keys.flatten(1), k).view_as(keys).sum(-1)
     return _gates_of_counts(visits, rank, config)
 

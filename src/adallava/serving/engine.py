@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adallava.budget import Budget
 from adallava.errors import BudgetError, PromptError
-from adallava.hosts.budgets import resolve_budgets
+from adallava.hosts.budgets import Looks
 from adallava.hosts.cache import ROOM
 from adallava.hosts.joining import Joined, Row, join, part
 from adallava.hosts.model import AdaptiveVLM
@@ -391,7 +391,7 @@ class Engine:
         """Raise ``BudgetError`` for a budget that could not be kept if nobody else were here."""
         assert job.prepared is not None
         clock = self.vlm.profiles.get(self.vlm, self.vlm.token_selection, budget) if budget.timed else None
-        resolve_budgets([budget], self.vlm.adaptive_config, self.vlm.spec, job.prepared.batch, clock)
+        Looks([budget], self.vlm.adaptive_config, self.vlm.spec, job.prepared.batch, clock)
 
 
 def _kv_bytes(rows: Sequence[tuple[int, int]]) -> int:
