@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adallava.bench import BenchSettings, load, scaling, speed
+from adallava.bench import BenchSettings, load, quantized, scaling, speed
 from adallava.bench.models import random_llava
 from adallava.bench.selection import SELECTIONS, measure
 from adallava.bench.timing import Times, interleaved
@@ -86,6 +86,13 @@ def test_bytes_of_a_step():
     assert speed.step_bytes(spec, [(whole, none), (whole, whole)], 7) == 80 + 2 * layer + 3 * cache
     half = LayerLoad(2, Fraction(1, 2))
     assert speed.step_bytes(spec, [(whole, half)], 7) == 80 + 1.5 * (layer + cache)
+    assert speed.step_bytes(spec, [(whole, none)], 7, packed=0.25) == 80 + 0.25 * layer + cache
+
+
+def test_quantized_weights_need_their_library(monkeypatch):
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'adallava\[quantized\]'"):
+        quantized.measure(BenchSettings("tiny", rounds=1, threads=1))
 
 
 def test_models_share_their_weights():

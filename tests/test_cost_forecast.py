@@ -62,13 +62,13 @@ def test_one_slow_request_is_no_rule_and_two_are_for_twenty_requests(slow, bound
 
 def test_stages_are_followed_apart():
     made = forecaster()
-    first, last, each = made.prefill(WORK), made.tail(TAIL, 0.0), made.decode(STEP)
+    first, last, each = made.prefill(WORK), made.tails([TAIL])[0], made.decode(STEP)
     for _ in range(6):
         made.observe(
             Measured(Measurement(WORK, first.ms), Measurement(TAIL, 2 * last.ms), Measurement(STEP, 3 * each.ms))
         )
     assert made.prefill(WORK).ms == pytest.approx(first.ms)
-    assert made.tail(TAIL, 5.0).ms == pytest.approx(5 + 2 * last.ms)
+    assert made.tails([TAIL])[0].ms == pytest.approx(2 * last.ms)
     assert made.decode(STEP).ms == pytest.approx(3 * each.ms)
 
 
@@ -89,15 +89,15 @@ def test_time_that_went_by_is_added():
 
 def test_stages_are_corrected_apart():
     made = forecaster()
-    first, last = made.prefill(WORK), made.tail(TAIL, 0.0)
+    first, last = made.prefill(WORK), made.tails([TAIL])[0]
     for _ in range(20):
         made.observe(Measured(Measurement(WORK, first.ms), Measurement(TAIL, 2 * last.ms)))
     assert made.prefill(WORK).ms == pytest.approx(first.ms)
-    assert made.tail(TAIL, 0.0).ms == pytest.approx(2 * last.ms)
+    assert made.tails([TAIL])[0].ms == pytest.approx(2 * last.ms)
 
 
 def test_a_profile_without_a_stage_says_so():
     with pytest.raises(ProfileError, match="of m was made without decoding. Measure it too"):
         forecaster(decode=False).decode(STEP)
     with pytest.raises(ProfileError, match="of m was made without the time after the plan"):
-        forecaster(tail=False).tail(TAIL, 0.0)
+        forecaster(tail=False).tails([TAIL])

@@ -4,6 +4,7 @@ import contextvars
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def clock(monkeypatch):
     """The system's accounts, made up: [seconds passed, busy, own] on four cores."""
     told = [0.0, 0.0, 0.0]
     monkeypatch.setattr(threads, "_read", lambda cores: threads._Reading(*told))
+    monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=lambda: told[0]))
     monkeypatch.setattr(threads, "_cores", lambda: [0, 1, 2, 3])
     return told
 

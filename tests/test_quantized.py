@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+from adallava.bench import BenchSettings, quantized
 from adallava.errors import ConfigError
 from adallava.hosts.graphs import use_graphs
 from adallava.hosts.model import AdaptiveVLM, Request
@@ -81,3 +82,17 @@ def test_cuda_graphs_cannot_wait_for_outliers(monkeypatch):
         use_graphs(vlm)
     exact = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     use_graphs(AdaptiveVLM.from_pretrained("mini-L", quantization_config=exact))
+
+
+def test_the_benchmark_tells_ratios_beside_shares_for_what_is_installed(monkeypatch):
+    pytest.importorskip("torchao")
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.delitem(quantized.PACKINGS, "nf4, bitsandbytes")  # which takes no layer as narrow as this model's
+    rows = quantized.measure(BenchSettings("tiny", rounds=1, threads=1))
+    assert {row.config["weights"] for row in rows} == set(quantized.PACKINGS)
+    assert len(rows) == 6 * len(quantized.PACKINGS)
+    shares = {row.config["measure"]: row.metrics["share"] for row in rows if row.config["weights"] == "int8, torchao"}
+    assert shares["L 50%, prefill"] == pytest.approx(0.5, abs=0.05)
+    # The smaller the layers' weights, the more of what is read is the output layer and the cache, at any budget.
+    assert shares["L 50%, decode"] > shares["L 50%, prefill"]
+    assert all(row.metrics["ratio"] > 0 for row in rows)

@@ -57,11 +57,11 @@ class Measure:
     """What it may exceed the share by; None where nothing is promised."""
     more: dict[str, Any] = field(default_factory=dict)
 
-    def row(self, config: Mapping[str, Any], origin: dict[str, Any]) -> ResultRow:
+    def row(self, benchmark: str, config: Mapping[str, Any], origin: dict[str, Any]) -> ResultRow:
         """As a result row."""
         held = None if self.allowance is None else self.ratio <= self.share + self.allowance
         numbers = {"ratio": self.ratio, "share": self.share, "allowance": self.allowance, "held": held}
-        return ResultRow("speed", {**numbers, **self.more}, {"measure": self.name, **config}, origin)
+        return ResultRow(benchmark, {**numbers, **self.more}, {"measure": self.name, **config}, origin)
 
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
@@ -78,14 +78,17 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     config = {"model": settings.model, "prompt_tokens": suite.tokens, "new_tokens": NEW_TOKENS}
     config |= {"seed": settings.seed}
     origin = provenance(device=device, dtype=dtype, seed=settings.seed)
-    return [each.row(config, origin) for each in measures]
+    return [each.row("speed", config, origin) for each in measures]
 
 
 class Suite:
-    """The models that are compared, which share one set of weights, and the measures."""
+    """The models that are compared, which share one set of weights, and the measures.
 
-    def __init__(self, base: LlavaForConditionalGeneration, settings: BenchSettings) -> None:
-        self.base, self.settings = base, settings
+    packed: size of a weight of a layer, over that of any other value.
+    """
+
+    def __init__(self, base: LlavaForConditionalGeneration, settings: BenchSettings, packed: float = 1.0) -> None:
+        self.base, self.settings, self.packed = base, settings, packed
         self.processor = random_processor(base)
         layers = base.config.text_config.num_hidden_layers
         self.tokens = min(PROMPT_TOKENS, base.config.text_config.max_position_embeddings - NEW_TOKENS - 1)
@@ -119,35 +122,35 @@ class Suite:
         things["H 75%, free heads"] = self.asking("H", ("75%",), self._half_heads(1))
         for name, depth in shares.items():
             things[f"static {name}"] = partial(self.plain, _twin(self.base, depth), 1)
-        told = self._rounds(things)
+        told = self.rounds(things)
 
         whole: dict[str, Callable[[], Sample]] = {"plain": partial(self.plain, self.base, 1, new_tokens=1)}
         whole |= {f"{v} 100%": self.asking(v, ("100%",), new_tokens=1) for v in ("L", "H")}
         first = in_rounds(whole, _MORE * self.settings.rounds, self.settings.seed)
 
-        loads = {"L 75%": self._loads("L", "75%"), "L 50%": self._loads("L", "50%"), "H 75%": self._loads("H", "75%")}
-        flops = {name: self._flops_share([load]) for name, load in loads.items()}
+        loads = {"L 75%": self.loads("L", "75%"), "L 50%": self.loads("L", "50%"), "H 75%": self.loads("H", "75%")}
+        flops = {name: self.flops_share([load]) for name, load in loads.items()}
         made = [
-            self._ratio(f"{name}, {stage}", rounds, name, "plain", stage, 1.0, 0.01)
+            self.ratio(f"{name}, {stage}", rounds, name, "plain", stage, 1.0, 0.01)
             for name in ("L 100%", "H 100%")
             for stage, rounds in (("prefill", first), ("decode", told))
         ]
         made += [
-            self._ratio("L 75%, prefill", told, "L 75%", "plain", "prefill", flops["L 75%"], 0.02),
-            self._ratio("L 50%, prefill", told, "L 50%", "plain", "prefill", flops["L 50%"], 0.02),
-            self._ratio("H 75%, prefill", told, "H 75%", "plain", "prefill", flops["H 75%"], 0.04),
-            self._ratio("L 50%, decode", told, "L 50%", "plain", "decode", self._bytes_share([loads["L 50%"]]), 0.03),
-            self._ratio("H 75%, decode", told, "H 75%", "plain", "decode", self._bytes_share([loads["H 75%"]]), 0.06),
+            self.ratio("L 75%, prefill", told, "L 75%", "plain", "prefill", flops["L 75%"], 0.02),
+            self.ratio("L 50%, prefill", told, "L 50%", "plain", "prefill", flops["L 50%"], 0.02),
+            self.ratio("H 75%, prefill", told, "H 75%", "plain", "prefill", flops["H 75%"], 0.04),
+            self.ratio("L 50%, decode", told, "L 50%", "plain", "decode", self.bytes_share([loads["L 50%"]]), 0.03),
+            self.ratio("H 75%, decode", told, "H 75%", "plain", "decode", self.bytes_share([loads["H 75%"]]), 0.06),
         ]
         made += [
-            self._ratio(f"H 75%, free heads over groups, {stage}", told, "H 75%, free heads", "H 75%", stage, 1.0, 0.10)
+            self.ratio(f"H 75%, free heads over groups, {stage}", told, "H 75%, free heads", "H 75%", stage, 1.0, 0.10)
             for stage in ("prefill", "decode")
         ]
         # What a user could have instead: a model of that depth, for one budget only. Nothing is promised of it.
         made += [
-            self._ratio(f"static model of {depth} layers, {stage}", told, f"static {name}", "plain", stage, share, None)
+            self.ratio(f"static model of {depth} layers, {stage}", told, f"static {name}", "plain", stage, share, None)
             for name, depth in shares.items()
-            for stage, share in (("prefill", flops[f"L {name}"]), ("decode", self._bytes_share([loads[f"L {name}"]])))
+            for stage, share in (("prefill", flops[f"L {name}"]), ("decode", self.bytes_share([loads[f"L {name}"]])))
         ]
         return made
 
@@ -162,13 +165,13 @@ class Suite:
                 "plain": partial(self.plain, self.base, BATCH),
                 "mixed": self.asking(variant, budgets),
             }
-            told = self._rounds(things, few=True)
-            loads = [self._loads(variant, budget) for budget in budgets]
-            flops, moved = self._flops_share(loads), self._bytes_share(loads)
+            told = self.rounds(things, few=True)
+            loads = [self.loads(variant, budget) for budget in budgets]
+            flops, moved = self.flops_share(loads), self.bytes_share(loads)
             name = f"{variant}, {BATCH} requests at 50 to 100%"
             made += [
-                self._ratio(f"{name}, prefill", told, "mixed", "plain", "prefill", flops, 0.03),
-                self._ratio(f"{name}, decode", told, "mixed", "plain", "decode", moved, 0.03),
+                self.ratio(f"{name}, prefill", told, "mixed", "plain", "prefill", flops, 0.03),
+                self.ratio(f"{name}, decode", told, "mixed", "plain", "decode", moved, 0.03),
             ]
         return made
 
@@ -206,8 +209,8 @@ class Suite:
             return run
 
         things = {"plain": step(self.base), "L": step(self.vlms["L"]), "H": step(self.vlms["H"])}
-        told = self._rounds(things)
-        return [self._ratio(f"{v}, training step", told, v, "plain", "step", 1.0, 0.08) for v in ("L", "H")]
+        told = self.rounds(things)
+        return [self.ratio(f"{v}, training step", told, v, "plain", "step", 1.0, 0.08) for v in ("L", "H")]
 
     def loading(self) -> list[Measure]:
         """Loading a checkpoint of ours over transformers' loading of the same weights, processor included."""
@@ -234,18 +237,18 @@ class Suite:
                 gc.collect()
                 return {"load": taken}
 
-            told = self._rounds({"plain": plain, "ours": ours})
-        return [self._ratio("loading", told, "ours", "plain", "load", 1.0, 0.10)]
+            told = self.rounds({"plain": plain, "ours": ours})
+        return [self.ratio("loading", told, "ours", "plain", "load", 1.0, 0.10)]
 
     def graphed(self, capture: Capture = capture_cuda) -> list[Measure]:
         """Decoding with one graph per whole layer, replayed as the plan says, over the plain model's."""
         use_graphs(self.vlms["L"], self.tokens + 1 + NEW_TOKENS, capture)
         names = ("100%", "50%")
         things: dict[str, Callable[[], Sample]] = {"plain": partial(self.plain, self.base, 1)}
-        told = self._rounds(things | {name: self.asking("L", (name,)) for name in names})
-        shares = [self._bytes_share([self._loads("L", name)]) for name in names]
+        told = self.rounds(things | {name: self.asking("L", (name,)) for name in names})
+        shares = [self.bytes_share([self.loads("L", name)]) for name in names]
         return [
-            self._ratio(f"L {name} with graphs, decode", told, name, "plain", "decode", share, 0.03)
+            self.ratio(f"L {name} with graphs, decode", told, name, "plain", "decode", share, 0.03)
             for name, share in zip(names, shares, strict=True)
         ]
 
@@ -289,14 +292,15 @@ class Suite:
     def _inputs(self, rows: int) -> dict[str, Any]:
         return _moved(encode(self.processor, [to_prompt(r) for r in self._requests(["100%"] * rows)]), self.base.device)
 
-    def _rounds(self, things: Mapping[str, Callable[[], Sample]], *, few: bool = False) -> dict[str, list[Sample]]:
+    def rounds(self, things: Mapping[str, Callable[[], Sample]], *, few: bool = False) -> dict[str, list[Sample]]:
+        """Samples of each thing, once per round, or in a part of the rounds where they are slow."""
         rounds = self.settings.rounds
         fewer = min(rounds, max(_LEAST, rounds // _FEWER))
         return in_rounds(things, fewer if few else rounds, self.settings.seed)
 
     # -- what it should be --------------------------------------------------------------------------------------------
 
-    def _ratio(
+    def ratio(
         self,
         name: str,
         told: Mapping[str, Sequence[Sample]],
@@ -319,20 +323,24 @@ class Suite:
             name, statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), share, allowance, more
         )
 
-    def _loads(self, variant: str, budget: object) -> tuple[LayerLoad, ...]:
+    def loads(self, variant: str, budget: object) -> tuple[LayerLoad, ...]:
         """What runs at a budget, of the plan that this model chooses for the prompt."""
         answer = self.vlms[variant].generate_batch(self._requests([budget]), max_new_tokens=1)[0]
         return plan_loads(self.spec, answer.plan, 0, whole_neurons=True)
 
-    def _flops_share(self, loads: Sequence[tuple[LayerLoad, ...]]) -> float:
+    def flops_share(self, loads: Sequence[tuple[LayerLoad, ...]]) -> float:
         """FLOPs of the prefills of these rows, latency tokens included, over those of as many plain ones."""
         whole = prefill_flops(self.spec, full_loads(self.spec), self.tokens)
         return sum(prefill_flops(self.spec, load, self.tokens + 1) for load in loads) / (len(loads) * whole)
 
-    def _bytes_share(self, loads: Sequence[tuple[LayerLoad, ...]]) -> float:
+    def bytes_share(self, loads: Sequence[tuple[LayerLoad, ...]]) -> float:
         """Bytes that a decoding step of these rows reads, over those of as many plain ones."""
         whole = [full_loads(self.spec)] * len(loads)
-        return step_bytes(self.spec, loads, self.tokens + 1) / step_bytes(self.spec, whole, self.tokens)
+        ours, theirs = (
+            step_bytes(self.spec, some, tokens, self.packed)
+            for some, tokens in ((loads, self.tokens + 1), (whole, self.tokens))
+        )
+        return ours / theirs
 
     def _half_heads(self, adjacent: int) -> ExecutionPlan:
         """A plan with half of the heads of every switchable layer, drawn in groups of so many ``adjacent`` ones."""
@@ -344,11 +352,12 @@ class Suite:
         return ExecutionPlan(expand_tail(tail, config), config)
 
 
-def step_bytes(spec: ModelSpec, loads: Sequence[tuple[LayerLoad, ...]], context: int) -> float:
+def step_bytes(spec: ModelSpec, loads: Sequence[tuple[LayerLoad, ...]], context: int, packed: float = 1.0) -> float:
     """Values that a decoding step of a batch reads: weights once, and each row's own KV cache.
 
     loads: one per row. Of each layer the weights are those of the row that runs most of it, which is what any row runs
-    where one of them runs it whole. context: tokens in the cache. In units of one value, whatever its bytes.
+    where one of them runs it whole. context: tokens in the cache. packed: size of such a weight over that of any other
+    value. In units of one value, whatever its bytes.
     """
     width, kv = spec.hidden_size, spec.num_kv_heads * spec.head_dim
     attention = 2 * width * (spec.num_heads * spec.head_dim + kv)
@@ -356,7 +365,7 @@ def step_bytes(spec: ModelSpec, loads: Sequence[tuple[LayerLoad, ...]], context:
     total = float(width * spec.vocab_size)
     for layer in zip(*loads, strict=True):
         heads = [Fraction(load.heads_on, spec.num_heads) for load in layer]
-        total += float(max(heads) * attention + max(load.mlp_frac for load in layer) * mlp)
+        total += packed * float(max(heads) * attention + max(load.mlp_frac for load in layer) * mlp)
         total += float(sum(heads) * 2 * kv * context)
     return total
 

@@ -43,21 +43,20 @@ class Correction:
         self._calm, self._first = list(calm), first
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
         self._surprises = deque(self._calm, maxlen=_SURPRISES)
-
-    @property
-    def level(self) -> float:
-        """Measured over foretold, lately; what was taken for granted until a few requests were seen."""
-        return statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else self._first
-
-    @property
-    def bound(self) -> float:
-        """Upper bound over the profile's bound."""
-        return self.level * conformal_bound([*self._calm, *self._surprises])
+        self._note()
 
     def observe(self, measured_ms: float, foretold: Forecast) -> None:
         """Learn from a request that the profile, uncorrected, foretold like this."""
         self._surprises.append(measured_ms / (foretold.upper_ms * self.level))
         self._ratios.append(measured_ms / foretold.ms)
+        self._note()
+
+    def _note(self) -> None:
+        # Once per request; a request asks for them many times, and a small model's would notice.
+        self.level = statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else self._first
+        """Measured over foretold, lately; what was taken for granted until a few requests were seen."""
+        self.bound = self.level * conformal_bound([*self._calm, *self._surprises])
+        """Upper bound over the profile's bound."""
 
 
 class Forecaster:
@@ -88,9 +87,13 @@ class Forecaster:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
         return _later(self._forecast("prefill", work), elapsed_ms)
 
-    def tail(self, work: Work, elapsed_ms: float) -> Forecast:
-        """Time to the first token of a request whose plan is decided ``elapsed_ms`` after it came."""
-        return _later(self._forecast("tail", work), elapsed_ms)
+    def tails(self, works: Sequence[Work]) -> list[Forecast]:
+        """Time from the decision on a plan to the first token; what is unusual is told of the whole prefill only."""
+        model, level, bound = self._model("tail"), 1.0, 1.0
+        if self.correct:
+            level, bound = self._corrections["tail"].level, self._corrections["tail"].bound
+        foretold = map(model.predict_ms, works)
+        return [Forecast(ms * level, ms * model.factor(ms) * bound) for ms in foretold]
 
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def prefill_work(
     number of rows or layers.
     """
     prefix, tail = _split(config, lengths, k)
-    layers_on, unit_tokens, unit_scores, *in_part = _tail_features(config, tail, k)
+    layers_on, unit_tokens, unit_scores, *in_part = _tail_features(config, *_sizes(tail), k)
     features = (
         1.0,
         float(images),
@@ -71,18 +72,30 @@ def prefill_work(
 
 def tail_work(config: AdaptiveConfig, lengths: Sequence[Sequence[int]], k: Sequence[int]) -> Work:
     """Return what is left of the same prefill once its plan is decided, with features ``TAIL``."""
-    _, tail = _split(config, lengths, k)
-    features = (1.0, float(len(lengths)), *_tail_features(config, tail, k))
-    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths)})
+    return tail_works(config, lengths, [k])[0]
 
 
-def _tail_features(config: AdaptiveConfig | None, tail: list[list[int]], k: Sequence[int]) -> tuple[float, ...]:
-    """From "layer on" to "slice", which ``PREFILL`` and ``TAIL`` share; tail: lengths beyond the prefix."""
+def tail_works(config: AdaptiveConfig, lengths: Sequence[Sequence[int]], ks: Sequence[Sequence[int]]) -> list[Work]:
+    """``tail_work`` for several k [B] of the same rows, quicker than one by one."""
+    tokens, scores = _sizes(_split(config, lengths, ks[0])[1])
+    extent, rows = {"tokens": max(map(max, lengths)), "rows": len(lengths)}, float(len(lengths))
+    return [Work((1.0, rows, *_tail_features(config, tokens, scores, k)), extent) for k in ks]
+
+
+def _sizes(tail: list[list[int]]) -> tuple[list[float], list[float]]:
+    """Tokens of each row, and their squares, in the mean over the layers beyond the prefix; tail: lengths there."""
+    return [_mean(row) for row in tail], [_mean([t * t for t in row]) for row in tail]
+
+
+def _tail_features(
+    config: AdaptiveConfig | None, tokens: list[float], scores: list[float], k: Sequence[int]
+) -> tuple[float, ...]:
+    """From "layer on" to "slice", which ``PREFILL`` and ``TAIL`` share; tokens, scores: ``_sizes``."""
     units = _units(config, k)
     return (
         _layers_on(config, k),
-        sum(u * _mean(row) for u, row in zip(units, tail, strict=True)),
-        sum(u * _mean([t * t for t in row]) for u, row in zip(units, tail, strict=True)),
+        sum(map(operator.mul, units, tokens)),
+        sum(map(operator.mul, units, scores)),
         sum(_layers_in_part(config, each) for each in k),
         sum(_slices(config, each) for each in k),
     )

@@ -25,7 +25,7 @@ from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, resolve_budget
 from adallava.cost.calibration import Measured, Measurement
 from adallava.cost.forecast import Forecaster
-from adallava.cost.work import Work, decode_work, prefill_work, tail_work
+from adallava.cost.work import Work, decode_work, prefill_work, tail_work, tail_works
 from adallava.errors import BudgetError
 from adallava.hosts.answer import Stopwatch, Timing
 from adallava.hosts.visual import Selector
@@ -79,6 +79,7 @@ class Looks:
         self._config, self._batch, self._watch, self._often = config, batch, watch, often
         self._timed = {row: budget for row, budget in enumerate(budgets) if budget.timed}
         self._limits = {unit: self._least(unit) for unit in ("ms", "ms/token")}
+        self._of_unit = {budget.unit: budget for budget in self._timed.values()}
         self._others = [one.k if one else 0 for one in self.resolved]
         self._tails = dict[tuple[int, ...], list[Forecast]]()
         self._decided_ms = self._deciding_ms = 0.0
@@ -140,19 +141,21 @@ class Looks:
         Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best
         that can be done, and how long it takes shows when the device is free again.
         """
-        highest = self._config.max_k if self._config is not None else 0
-        budgets = self._timed.values()
-        fitting = (k for k in range(highest, -1, -1) if all(self._whole(one, k).upper_ms <= one.ms for one in budgets))
-        sure = next(fitting, None)
-        if sure is None:
-            for budget in budgets:
-                least = self._plain_ms(budget)
-                if least > budget.ms:
-                    raise self._infeasible(budget, least)
-        if not self._again:
-            return sure or 0
-        ends = self._whole(self._any("ms"), 0).ms - self._tail(self._others, 0)[0].ms
-        return max(sure or 0, self._within(max(self._batch.elapsed_ms, ends), self._most, self._others)[1])
+        least = {unit: self._whole(budget, 0) for unit, budget in self._of_unit.items()}
+        self._remarks = {unit: forecast.remark for unit, forecast in least.items()}
+        for budget in self._timed.values():
+            if least[budget.unit].upper_ms > budget.ms:
+                minimum = self._plain_ms(budget)
+                if minimum > budget.ms:
+                    raise self._infeasible(budget, minimum)
+        if self._again:
+            ends = least["ms"].ms - self._tail(self._others, self._most)[0].ms
+            return self._within(max(self._batch.elapsed_ms, ends), self._most, self._others)[1]
+        limit = self._limits["ms"]
+        if limit is None:
+            return self._most
+        first_token = self._of_unit["ms"]
+        return next((k for k in range(self._most, 0, -1) if self._whole(first_token, k).upper_ms <= limit), 0)
 
     def _within(self, passed_ms: float, room: int, left: list[int], *, last: bool = False) -> tuple[int | None, int]:
         """The largest k up to ``room`` that is sure to end in time, None where none is; and the one to aim for.
@@ -177,7 +180,7 @@ class Looks:
         limit = self._limits["ms/token"]
         if limit is None:
             return highest
-        budget = self._any("ms/token")
+        budget = self._of_unit["ms/token"]
         return next((k for k in range(highest, 0, -1) if self._whole(budget, k).upper_ms <= limit), 0)
 
     def _tell(self, later: Forecast | None = None) -> None:
@@ -186,10 +189,10 @@ class Looks:
         if config is None:
             return
         for row, budget in self._timed.items():
-            whole = self._whole(budget, self._k)
-            forecast = later if later is not None and budget.unit == "ms" else whole
+            forecast = later if later is not None and budget.unit == "ms" else self._whole(budget, self._k)
             late = "the budget may be exceeded" if forecast.upper_ms > budget.ms else None
-            forecast = replace(forecast, remark="; ".join(filter(None, [whole.remark, late])) or None)
+            remark = "; ".join(filter(None, [self._remarks[budget.unit], late])) or None
+            forecast = Forecast(forecast.ms, forecast.upper_ms, remark)
             found = ResolvedBudget(budget, self._k, config.prefix_switches, config.total_switches, forecast)
             self.resolved[row] = found
 
@@ -197,9 +200,6 @@ class Looks:
 
     def _least(self, unit: str) -> Fraction | None:
         return min((budget.ms for budget in self._timed.values() if budget.unit == unit), default=None)
-
-    def _any(self, unit: str) -> Budget:
-        return next(budget for budget in self._timed.values() if budget.unit == unit)
 
     def _ks(self, k: int, others: Sequence[int]) -> list[int]:
         return [k if row in self._timed else other for row, other in enumerate(others)]
@@ -229,8 +229,8 @@ class Looks:
         config, key = self._config, tuple(self._ks(0, left))
         assert config is not None, "a base model decides no plan"
         if len(self._tails.get(key, [])) <= room:
-            works = (tail_work(config, self._batch.lengths, self._ks(k, left)) for k in range(room + 1))
-            self._tails[key] = [self._forecaster.tail(work, 0.0) for work in works]
+            works = tail_works(config, self._batch.lengths, [self._ks(k, left) for k in range(room + 1)])
+            self._tails[key] = self._forecaster.tails(works)
         return self._tails[key]
 
     def _infeasible(self, budget: Budget, least: float) -> BudgetError:

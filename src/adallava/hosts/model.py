@@ -6,6 +6,7 @@ It holds an ordinary transformers model (``model``), made adaptive in place, its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,9 @@ class AdaptiveVLM(nn.Module):
         """Where the embeddings are, and so the inputs."""
         return self.model.get_input_embeddings().weight.device
 
-    @property
+    @functools.cached_property  # reading a config takes longer than all else that a budget needs of it
     def spec(self) -> ModelSpec:
-        """The model's sizes, for costs."""
+        """The model's sizes, for costs, as they are when first asked for."""
         return ModelSpec.from_config(self.model.config)
 
     def reachable_budgets(self) -> list[Budget]:

@@ -96,10 +96,10 @@ class CoreMeter:
 
         After a pause it speaks of the pause: the first request after it may find the machine busier.
         """
-        now, last = _read(self._cores), self._last
-        passed = now.at - last.at
-        if passed >= _WINDOW_S:
-            self._others = max(0.0, (now.busy - last.busy - (now.own - last.own)) / passed)
+        last = self._last
+        if time.perf_counter() - last.at >= _WINDOW_S:
+            now = _read(self._cores)
+            self._others = max(0.0, (now.busy - last.busy - (now.own - last.own)) / (now.at - last.at))
             self._last = now
         return self._others
 
