@@ -96,6 +96,15 @@ def test_stages_are_corrected_apart():
     assert made.tails([TAIL])[0].ms == pytest.approx(2 * last.ms)
 
 
+def test_the_last_look_remembers_the_slowest_of_twenty():
+    made = forecaster()
+    first, last = made.prefill(WORK), made.tails([TAIL])[0]
+    for i in range(20):
+        made.observe(Measured(Measurement(WORK, first.ms * (1 + i // 19)), Measurement(TAIL, last.ms * (1 + i // 19))))
+    assert made.prefill(WORK).upper_ms < 2 * first.ms
+    assert made.tails([TAIL])[0].upper_ms == pytest.approx(2 * last.ms)
+
+
 def test_a_profile_without_a_stage_says_so():
     with pytest.raises(ProfileError, match="of m was made without decoding. Measure it too"):
         forecaster(decode=False).decode(STEP)

@@ -8,6 +8,7 @@ accelerator would cost one synchronisation per layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,13 @@ class ExecutionPlan:
 
     def left_from(self, layer: int) -> list[int]:
         """Switches on beyond the prefix in ``layer`` and those after it, for each row."""
-        return self.switches_on[:, max(0, layer - self.config.prefix_layers) :].sum(-1).tolist()
+        first = max(0, layer - self.config.prefix_layers)
+        return [sum(row[first:]) for row in self._counts]
+
+    @functools.cached_property
+    def _counts(self) -> list[list[int]]:
+        """``switches_on`` as plain numbers: asked before every layer of a request with a budget in time."""
+        return self.switches_on.tolist()
 
     @property
     def fraction(self) -> list[float]:

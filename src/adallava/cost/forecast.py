@@ -7,7 +7,8 @@ conformal bound of those of the last twenty requests and of twenty that stand fo
 of them above its bound. So one slow request is not taken for the rule, and two are, for twenty requests. On a device
 that is unlike what it was, this is the second largest of twenty, which nine in ten stay below.
 
-What is left of a prefill when its plan is decided is foretold apart, and corrected apart.
+What is left of a prefill when its plan is decided is foretold apart, and corrected apart. Whoever looks last can make up
+for nothing, so its bound is the largest of the forty.
 
 Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
 proportion to threads, which it is at worst, then by what they took.
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from adallava.budget import Forecast
-from adallava.cost.calibration import DeviceProfile, Measured, Measurement, StageModel, conformal_bound
+from adallava.cost.calibration import LEVEL, DeviceProfile, Measured, Measurement, StageModel, conformal_bound
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
 
@@ -30,6 +31,7 @@ from adallava.errors import ProfileError
 _LEVEL_OF = 5
 _SURPRISES = _CALM = 20
 _BUSY = 1.1
+_LAST_LEVEL = 0.975
 _MISSING = {"tail": "the time after the plan", "decode": "decoding"}
 
 
@@ -37,10 +39,11 @@ class Correction:
     """How much longer one stage takes than its profile says, from the requests so far.
 
     calm: measured over bound, of the profile's own measurements. first: measured over foretold, before any request.
+    covered: share of the surprises that the bound is to cover.
     """
 
-    def __init__(self, calm: Sequence[float], first: float = 1.0) -> None:
-        self._calm, self._first = list(calm), first
+    def __init__(self, calm: Sequence[float], first: float = 1.0, covered: float = LEVEL) -> None:
+        self._calm, self._first, self._covered = list(calm), first, covered
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
         self._surprises = deque(self._calm, maxlen=_SURPRISES)
         self._note()
@@ -55,7 +58,7 @@ class Correction:
         # Once per request; a request asks for them many times, and a small model's would notice.
         self.level = statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else self._first
         """Measured over foretold, lately; what was taken for granted until a few requests were seen."""
-        self.bound = self.level * conformal_bound([*self._calm, *self._surprises])
+        self.bound = self.level * conformal_bound([*self._calm, *self._surprises], self._covered)
         """Upper bound over the profile's bound."""
 
 
@@ -145,7 +148,11 @@ class Forecaster:
         return {"prefill": profile.prefill, "tail": profile.tail, "decode": profile.decode}
 
     def _fresh(self, first: float = 1.0) -> dict[str, Correction]:
-        return {stage: Correction(_calm(model), first) for stage, model in self._models.items() if model is not None}
+        return {
+            stage: Correction(_calm(model), first, _LAST_LEVEL if stage == "tail" else LEVEL)
+            for stage, model in self._models.items()
+            if model is not None
+        }
 
 
 def _later(foretold: Forecast, elapsed_ms: float) -> Forecast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -11,12 +12,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import transformers
 
 from adallava import __version__
+from adallava.cost import ModelSpec
 from adallava.cost.calibration import DeviceProfile, Measured
 from adallava.cost.forecast import Forecaster
 from adallava.errors import ProfileError
@@ -31,6 +33,14 @@ if TYPE_CHECKING:
     from adallava.hosts.model import AdaptiveVLM
 
 FOLDER_VARIABLE = "ADALLAVA_PROFILES"
+_TOWER_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 def fingerprint(vlm: AdaptiveVLM, selector: Selector | None = None) -> dict[str, str]:
@@ -51,16 +61,16 @@ def fingerprint(vlm: AdaptiveVLM, selector: Selector | None = None) -> dict[str,
 
 def _shape(vlm: AdaptiveVLM) -> str:
     """A name for everything that has this model's sizes and switches, whatever its weights."""
-    config, adaptive = vlm.model.config, vlm.adaptive_config
-    tower = getattr(config, "vision_config", None)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    facts: dict[str, Any] = {
-        "text": asdict(vlm.spec),
-        "tower": {name: getattr(tower, name, None) for name in sizes},
-        "adaptive": None if adaptive is None else [adaptive.variant, adaptive.prefix_layers, adaptive.heads_per_switch],
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{type(vlm.model).__name__} {digest[:12]}"
+    adaptive, tower = vlm.adaptive_config, getattr(vlm.model.config, "vision_config", None)
+    sizes = tuple(str(getattr(tower, name, None)) for name in _TOWER_SIZES)
+    switches = None if adaptive is None else (adaptive.variant, adaptive.prefix_layers, adaptive.heads_per_switch)
+    return f"{type(vlm.model).__name__} {_digest(vlm.spec, sizes, switches)}"
+
+
+@functools.lru_cache  # asked at every request with a budget in time
+def _digest(spec: ModelSpec, sizes: tuple[str, ...], switches: tuple[str, int, int] | None) -> str:
+    facts = {"text": asdict(spec), "tower": dict(zip(_TOWER_SIZES, sizes, strict=True)), "adaptive": switches}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def profile_folder() -> Path:
