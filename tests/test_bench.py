@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from adallava.bench import BenchSettings, load, quantized, scaling, speed
+from adallava.bench import BenchSettings, load, paper, quantized, scaling, speed
 from adallava.bench.models import random_llava
 from adallava.bench.selection import SELECTIONS, measure
 from adallava.bench.timing import Times, interleaved
@@ -87,6 +87,14 @@ def test_bytes_of_a_step():
     half = LayerLoad(2, Fraction(1, 2))
     assert speed.step_bytes(spec, [(whole, half)], 7) == 80 + 1.5 * (layer + cache)
     assert speed.step_bytes(spec, [(whole, none)], 7, packed=0.25) == 80 + 0.25 * layer + cache
+
+
+def test_the_papers_budgets_are_measured_beside_its_times():
+    rows = {row.config["measure"]: row.metrics for row in paper.measure(BenchSettings("tiny", rounds=1, threads=1))}
+    assert list(rows) == [f"{variant} {budget}, prefill" for variant in "LH" for budget in ("100%", "85%", "60%")]
+    assert rows["L 60%, prefill"]["share"] == pytest.approx(49 / 81)
+    assert rows["L 60%, prefill"]["flops_share"] == pytest.approx(0.5, abs=0.05)  # two layers of four
+    assert all(row["ratio"] > 0 and row["held"] is None for row in rows.values())
 
 
 def test_quantized_weights_need_their_library(monkeypatch):

@@ -220,8 +220,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="speed: do ms follow FLOPs? quantized: with packed weights? scaling: over prompt, batch, model. "
-            "selection: over tokens kept. latency: do budgets in ms hold? load: a server. soak: over 10,000 requests."
+            help="speed: do ms follow FLOPs? quantized: with packed weights? paper: at its budgets. scaling: over "
+            "sizes. selection: over tokens kept. latency: do budgets in ms hold? load, soak: a server's."
         ),
     ],
     model: Annotated[

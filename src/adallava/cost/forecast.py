@@ -7,8 +7,8 @@ conformal bound of those of the last twenty requests and of twenty that stand fo
 of them above its bound. So one slow request is not taken for the rule, and two are, for twenty requests. On a device
 that is unlike what it was, this is the second largest of twenty, which nine in ten stay below.
 
-What is left of a prefill when its plan is decided is foretold apart, and corrected apart. Whoever looks last can make up
-for nothing, so its bound is the largest of the forty.
+What is left of a prefill when its plan is decided is foretold apart, and corrected apart. Nobody can make up for what
+is wrong with the last look, so its bound is the largest of the forty.
 
 Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
 proportion to threads, which it is at worst, then by what they took.

@@ -1,6 +1,6 @@
 """From a plan to what each layer has to do: nothing, everything, some rows, or some heads of some rows.
 
-Compiled once per request, when the plan is decided, so that the layers take no decision token by token. Work is cut
+Compiled when a plan is decided, layer by layer, so that the layers take no decision token by token. Work is cut
 into *bundles*: the gate columns that are on for the same rows, so that a decoding step reads each weight once. A
 prompt, whose many tokens are worth a weight's reading for each row, has bundles of rows with the same columns instead:
 fewer, and larger. A bundle's columns are given as spans of adjacent columns, because adjacent columns are one

@@ -2,8 +2,9 @@
 
 It travels as the keyword argument ``ada_state`` of ``forward`` to every decoder layer, so that nothing is kept on the
 model and several requests can run in threads at once. Layer 0 puts the latency token in, the first layer after the
-prefix decides the plan, the later ones obey it. A request may also select visual tokens, of a base model too, which has
-no scheduler: then nothing is put in and nothing decided, and everything runs.
+prefix decides the plan, the later ones obey it, and decide what is left of it anew where the clock says so. A request
+may also select visual tokens, of a base model too, which has no scheduler: then nothing is put in and nothing decided,
+and everything runs.
 """
 
 from __future__ import annotations
