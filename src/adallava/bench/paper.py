@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
-
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava
 from adallava.bench.speed import Sample, Suite
-from adallava.hosts.memory import keep_memory
+from adallava.bench.timing import set_up
 from adallava.results import ResultRow, provenance
 
 PAPER_MS = {"100%": 81.0, "85%": 69.0, "60%": 49.0}
@@ -23,11 +21,7 @@ PAPER_MS = {"100%": 81.0, "85%": 69.0, "60%": 49.0}
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per variant and budget: its prefill over the plain model's; as the share what the paper's times say."""
-    keep_memory()
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = set_up(settings)
     suite = Suite(random_llava(settings.model, device, dtype), settings)
     things: dict[str, Callable[[], Sample]] = {"plain": partial(suite.plain, suite.base, 1, new_tokens=1)}
     names = {f"{variant} {budget}": (variant, budget) for variant in ("L", "H") for budget in PAPER_MS}

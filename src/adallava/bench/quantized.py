@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration, TorchAoConfig
 
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava
 from adallava.bench.speed import Measure, Sample, Suite
+from adallava.bench.timing import set_up
 from adallava.errors import ConfigError
-from adallava.hosts.memory import keep_memory
 from adallava.results import ResultRow, provenance
 
 
@@ -59,11 +58,7 @@ def measure(settings: BenchSettings) -> list[ResultRow]:
     found = {name: packing for name, packing in PACKINGS.items() if importlib.util.find_spec(packing.library)}
     if not found:
         raise ConfigError("no library for quantised weights is installed. pip install 'adallava[quantized]'.")
-    keep_memory()
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = set_up(settings)
     origin = provenance(device=device, dtype=dtype, seed=settings.seed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

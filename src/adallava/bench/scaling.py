@@ -20,8 +20,7 @@ import torch
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava
 from adallava.bench.speed import Sample, Suite
-from adallava.bench.timing import in_rounds
-from adallava.hosts.memory import keep_memory
+from adallava.bench.timing import in_rounds, set_up
 from adallava.results import ResultRow, provenance
 
 TOKENS, BATCH = 256, 1
@@ -47,11 +46,7 @@ class Point:
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per point and way of running it, then one per axis and way with the exponents."""
-    keep_memory()
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = set_up(settings)
     rows: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for name in dict.fromkeys((settings.model, *_sizes(settings))):
         suite = Suite(random_llava(name, device, dtype), replace(settings, model=name))

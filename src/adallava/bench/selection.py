@@ -8,7 +8,7 @@ import torch
 
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava, random_prompt
-from adallava.bench.timing import interleaved
+from adallava.bench.timing import interleaved, set_up
 from adallava.cost import full_loads, prefill_flops
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.visual import select_images
@@ -33,10 +33,7 @@ TEXT_TOKENS = 48
 @torch.no_grad()
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per selector: tokens of the first and the last layer, median ms, and both ratios to no selection."""
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = set_up(settings)
     vlm = AdaptiveVLM(random_llava(settings.model, device, dtype), None).eval()
     inputs = random_prompt(vlm.model, TEXT_TOKENS, settings.seed)
     things = {text: _prefill(vlm, text, inputs) for text in SELECTIONS}

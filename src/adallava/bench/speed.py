@@ -23,13 +23,12 @@ from transformers import LlavaForConditionalGeneration, StoppingCriteriaList
 
 from adallava.bench import BenchSettings
 from adallava.bench.models import random_llava, random_processor
-from adallava.bench.timing import in_rounds
+from adallava.bench.timing import in_rounds, set_up
 from adallava.budget import Budget
 from adallava.cost import LayerLoad, ModelSpec, full_loads, plan_loads, prefill_flops
 from adallava.hosts.answer import Stopwatch, device_now
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.graphs import Capture, capture_cuda, use_graphs
-from adallava.hosts.memory import keep_memory
 from adallava.hosts.model import AdaptiveVLM
 from adallava.hosts.prompts import Request, encode, to_prompt
 from adallava.plan import ExecutionPlan, expand_tail
@@ -66,11 +65,7 @@ class Measure:
 
 def measure(settings: BenchSettings) -> list[ResultRow]:
     """One row per measure: the ratio, its share, the allowance, whether it held, and medians in milliseconds."""
-    keep_memory()
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    device = torch.device(settings.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    device, dtype = set_up(settings)
     suite = Suite(random_llava(settings.model, device, dtype), settings)
     measures = [*suite.single(), *suite.batched(), *suite.memory(), *suite.training(), *suite.loading()]
     if device.type == "cuda":

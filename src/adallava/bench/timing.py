@@ -10,7 +10,9 @@ from typing import TypeVar
 
 import torch
 
+from adallava.bench import BenchSettings
 from adallava.hosts.answer import device_now
+from adallava.hosts.memory import keep_memory
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Times:
     def ratio(self, other: Times) -> float:
         """Median over rounds of this time over the other's in the same round: what slows a round slows both."""
         return statistics.median(a / b for a, b in zip(self.ms, other.ms, strict=True))
+
+
+def set_up(settings: BenchSettings) -> tuple[torch.device, torch.dtype]:
+    """Make this process ready to measure; returns the device, and float32 on a CPU, bfloat16 elsewhere."""
+    keep_memory()
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    device = torch.device(settings.device)
+    return device, torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 Result = TypeVar("Result")
