@@ -289,6 +289,16 @@ def test_a_plan_follows_the_clock_layer_by_layer(looking_often, late):
     assert ask(vlm, "50%").plan.k == [0] and not vlm.calls, "a share needs no clock"
 
 
+@pytest.mark.parametrize("other", [f"{BUDGET} ms", "1000 ms/token"])
+def test_several_rows_with_budgets_in_time_keep_one_k(looking_often, other):
+    vlm = looking_often
+    vlm.late["ms"] = -9 * EACH
+    requests = [Request(QUESTION, IMAGES[i], budget=b) for i, b in enumerate(["50%", f"{BUDGET} ms", other])]
+    answers = vlm.generate_batch(requests, **options("llava"))
+    assert not vlm.calls, "the clock is looked at when the plan is decided, and not layer by layer"
+    assert answers[1].plan.k == answers[2].plan.k == [answers[1].budget.k] == [answers[2].budget.k]
+
+
 def test_other_rows_keep_their_plans_layer_by_layer(looking_often):
     vlm = looking_often
     vlm.late["ms"] = 99 * EACH

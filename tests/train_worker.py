@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from adallava.training.recipes import load_recipe
-from adallava.training.run import DataPaths, train_recipe
+from adallava.training.run import DataPaths, part_together, train_recipe
 
 
 class KillAt(TrainerCallback):
@@ -26,3 +26,4 @@ if __name__ == "__main__":
     callbacks = [KillAt()] if "KILL_AT" in os.environ else []
     for path in recipes:
         train_recipe(load_recipe(str(path)), DataPaths(data, images), path.with_suffix(""), callbacks)
+    part_together()

@@ -23,7 +23,7 @@ from adallava.training.dry_run import DryRun, dry_run
 # From the module that defines the stages: this room does not speak to transformers itself.
 from adallava.training.fit import Interrupted, TrainerCallback
 from adallava.training.recipes import RECIPES, TrainRecipe, load_recipe, parse_change
-from adallava.training.run import DataPaths, train_recipe
+from adallava.training.run import DataPaths, part_together, train_recipe
 
 _LOG_LINES = 20
 """Lines per stage where stderr is no terminal."""
@@ -68,6 +68,7 @@ def train(options: TrainOptions) -> None:
                 result = mini.run(options.recipe, options.out, options.scale, [bar])
             else:
                 result = train_recipe(recipe, _paths(options), options.out, [bar])
+                part_together()
     except KeyboardInterrupt as error:
         where = "at a checkpoint" if isinstance(error, Interrupted) else "; the last checkpoint is kept"
         raise Stopped(f"stopped {where}. Go on with: {_command(options)}".replace(" ;", ";")) from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import nn
 
 from adallava.errors import CheckpointError, did_you_mean
@@ -118,6 +119,11 @@ def part(model: nn.Module, path: str) -> Any:
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a host."""
     return part(model, architecture_of(model).layers)
+
+
+def last_device(model: nn.Module) -> torch.device:
+    """Where the last decoder layer of a host is, whose parts may be spread over devices."""
+    return next(decoder_layers(model)[-1].parameters()).device
 
 
 def decoder_of(model: Any) -> Decoder:

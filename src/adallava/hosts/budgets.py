@@ -1,11 +1,11 @@
 """The budgets of a batch: what each request's budget buys, for the length that its own prompt has in each layer.
 
 A share and an amount of FLOPs buy each request its own k. Milliseconds are different: a batch ends its prefill
-together, so all its requests with a budget in time get one k, the largest that keeps every one of them.
+together, so all its requests with a budget in time get one k, the largest that can keep every one of them.
 
 What they get is looked at several times. Before the prefill it is told whether the budget can be kept, and what the
 latency token is to say. When the prefix has run and the plan is decided, most of the time is not a forecast any more:
-it has gone by. On a CPU, where reading the clock costs nothing, the same is asked before every layer after that, so
+it has gone by. On a CPU, where reading the clock costs nothing, a single one is asked about before every layer too, so
 that a layer that took long is made up for by those to come, and time that was left over is spent. Elsewhere the clock
 can only be read when everything before it is done, so once has to do.
 """
@@ -93,8 +93,12 @@ class Looks:
 
     @property
     def each_layer(self) -> bool:
-        """Whether there is a look before each layer beyond the prefix."""
-        return self._again and self._often == "each layer"
+        """Whether there is a look before each layer beyond the prefix.
+
+        Rows with budgets in time get one k, but run it in layers of their own, so that several of them would have to
+        come down to different ones: their last look is at the decision.
+        """
+        return self._again and self._often == "each layer" and len(self._timed) == 1
 
     def __call__(self, layer: int, left: list[int]) -> list[int]:
         """How many switches each row may still run: more than ``left``, or less, only with a budget in time."""
@@ -116,9 +120,10 @@ class Looks:
         if decided:
             self._tell(_later(passed_ms, self._tail(left, room), k, sure or 0))
         elif changed:
-            self.resolved = [
-                one and replace(one, k=self._k) if row in self._timed else one for row, one in enumerate(self.resolved)
-            ]
+            (row,) = self._timed
+            before = self.resolved[row]
+            assert before is not None, "it was told what it gets"
+            self.resolved[row] = replace(before, k=self._k)
         return [k if row in self._timed else each for row, each in enumerate(left)]
 
     def decided(self) -> None:
@@ -225,7 +230,11 @@ class Looks:
         return self._forecaster.plain_ms("decode", work)
 
     def _tail(self, left: list[int], room: int) -> list[Forecast]:
-        """For each k up to ``room``, or more: what comes after a decision that leaves so many switches to be run."""
+        """For each k up to ``room``, or more: what comes after a decision that leaves so many switches to be run.
+
+        They count as spread over all layers beyond the prefix. For a single row of variant L that changes nothing; what
+        shares the few layers that are left, heads or rows of a batch, takes a little less than this.
+        """
         config, key = self._config, tuple(self._ks(0, left))
         assert config is not None, "a base model decides no plan"
         if len(self._tails.get(key, [])) <= room:
@@ -248,7 +257,7 @@ class Looks:
 
 
 def how_often(device: torch.device, mode: Mode) -> Often:
-    """How often a prefill on ``device`` can look at its budgets in time, if who decides its plan is ``mode``."""
+    """How often a prefill can look at its budgets in time. device: of its last layers. mode: who decides its plan."""
     return "each layer" if device.type == "cpu" and mode == "learned" else "twice"
 
 

@@ -21,7 +21,7 @@ from adallava.cost import ModelSpec, full_loads, plan_cost, plan_loads, resolve_
 from adallava.cost.forecast import Forecaster
 from adallava.errors import AdaLlavaError, BudgetError, ConfigError, PlanError, PromptError
 from adallava.hosts.answer import Answer, Foretold, Stopwatch, Timing
-from adallava.hosts.arch import architecture_of
+from adallava.hosts.arch import architecture_of, last_device
 from adallava.hosts.budgets import Batch, Looks, how_often, measured_of, prompt_lengths
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
@@ -294,7 +294,7 @@ class AdaptiveVLM(nn.Module):
                 elapsed_ms=watch.selected(),
                 new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
             )
-            often = how_often(self.device, mode or self.mode) if plan is None else "once"
+            often = how_often(last_device(self.model), mode or self.mode) if plan is None else "once"
             looks = Looks(budgets, self.adaptive_config, self.spec, batch, clock, watch, often=often)
             if self.adaptive_config is not None:
                 look = looks if self.profiles.learning(selector) else None

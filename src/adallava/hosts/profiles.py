@@ -62,13 +62,14 @@ def fingerprint(vlm: AdaptiveVLM, selector: Selector | None = None) -> dict[str,
 def _shape(vlm: AdaptiveVLM) -> str:
     """A name for everything that has this model's sizes and switches, whatever its weights."""
     adaptive, tower = vlm.adaptive_config, getattr(vlm.model.config, "vision_config", None)
-    sizes = tuple(str(getattr(tower, name, None)) for name in _TOWER_SIZES)
+    raw = (getattr(tower, name, None) for name in _TOWER_SIZES)
+    sizes = tuple(tuple(size) if isinstance(size, list) else size for size in raw)
     switches = None if adaptive is None else (adaptive.variant, adaptive.prefix_layers, adaptive.heads_per_switch)
     return f"{type(vlm.model).__name__} {_digest(vlm.spec, sizes, switches)}"
 
 
 @functools.lru_cache  # asked at every request with a budget in time
-def _digest(spec: ModelSpec, sizes: tuple[str, ...], switches: tuple[str, int, int] | None) -> str:
+def _digest(spec: ModelSpec, sizes: tuple[object, ...], switches: tuple[str, int, int] | None) -> str:
     facts = {"text": asdict(spec), "tower": dict(zip(_TOWER_SIZES, sizes, strict=True)), "adaptive": switches}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

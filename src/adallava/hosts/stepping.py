@@ -18,6 +18,7 @@ from adallava.cost.calibration import Measurement
 from adallava.cost.work import Work, decode_work, prefill_work
 from adallava.errors import ConfigError
 from adallava.hosts.answer import Stopwatch, device_now
+from adallava.hosts.arch import last_device
 from adallava.hosts.budgets import Batch, Looks, how_often, measured_of, prompt_lengths
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.inputs import insert_latency_slot, moved
@@ -86,7 +87,7 @@ def start(vlm: AdaptiveVLM, prepared: Prepared, budget: Budget, elapsed_ms: floa
     watch = Stopwatch(vlm.device, elapsed_ms)
     clock = vlm.profiles.get(vlm, vlm.token_selection, budget) if budget.timed else None
     batch = replace(prepared.batch, elapsed_ms=elapsed_ms)
-    often = how_often(vlm.device, vlm.mode)
+    often = how_often(last_device(vlm.model), vlm.mode)
     looks = Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock, watch, often=often)
     (resolved,) = looks.resolved
     assert resolved is not None, "the model is adaptive, as checked before any step"

@@ -192,5 +192,12 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def part_together() -> None:
+    """End a run of several processes: one that goes while another still talks to it makes that one abort."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def _devices() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
