@@ -1,5 +1,6 @@
 """The online correction on made-up requests: it follows the device, forgives, and can be left off."""
 
+import numpy as np
 import pytest
 
 from adallava.cost.calibration import Measured, Measurement, fit_profile
@@ -9,7 +10,8 @@ from adallava.errors import ProfileError
 from test_cost_calibration import CONFIG, PRINT, requests, steps, tails, times, true_ms
 
 WORK = prefill_work(CONFIG, [[100] * 12], [3], 1)
-STEP, TAIL = steps(1)[0].work, tails(1)[0].work
+STEP, TAIL_WORK = steps(1)[0].work, tails(1)[0].work
+TAIL = np.array([TAIL_WORK.features])
 
 
 def forecaster(correct=True, decode=True, tail=True):
@@ -62,13 +64,13 @@ def test_one_slow_request_is_no_rule_and_two_are_for_twenty_requests(slow, bound
 
 def test_stages_are_followed_apart():
     made = forecaster()
-    first, last, each = made.prefill(WORK), made.tails([TAIL])[0], made.decode(STEP)
+    first, last, each = made.prefill(WORK), made.tails(TAIL).ms[0], made.decode(STEP)
     for _ in range(6):
         made.observe(
-            Measured(Measurement(WORK, first.ms), Measurement(TAIL, 2 * last.ms), Measurement(STEP, 3 * each.ms))
+            Measured(Measurement(WORK, first.ms), Measurement(TAIL_WORK, 2 * last), Measurement(STEP, 3 * each.ms))
         )
     assert made.prefill(WORK).ms == pytest.approx(first.ms)
-    assert made.tails([TAIL])[0].ms == pytest.approx(2 * last.ms)
+    assert made.tails(TAIL).ms[0] == pytest.approx(2 * last)
     assert made.decode(STEP).ms == pytest.approx(3 * each.ms)
 
 
@@ -89,24 +91,26 @@ def test_time_that_went_by_is_added():
 
 def test_stages_are_corrected_apart():
     made = forecaster()
-    first, last = made.prefill(WORK), made.tails([TAIL])[0]
+    first, last = made.prefill(WORK), made.tails(TAIL).ms[0]
     for _ in range(20):
-        made.observe(Measured(Measurement(WORK, first.ms), Measurement(TAIL, 2 * last.ms)))
+        made.observe(Measured(Measurement(WORK, first.ms), Measurement(TAIL_WORK, 2 * last)))
     assert made.prefill(WORK).ms == pytest.approx(first.ms)
-    assert made.tails([TAIL])[0].ms == pytest.approx(2 * last.ms)
+    assert made.tails(TAIL).ms[0] == pytest.approx(2 * last)
 
 
 def test_the_last_look_remembers_the_slowest_of_twenty():
     made = forecaster()
-    first, last = made.prefill(WORK), made.tails([TAIL])[0]
+    first, last = made.prefill(WORK), made.tails(TAIL).ms[0]
     for i in range(20):
-        made.observe(Measured(Measurement(WORK, first.ms * (1 + i // 19)), Measurement(TAIL, last.ms * (1 + i // 19))))
+        made.observe(
+            Measured(Measurement(WORK, first.ms * (1 + i // 19)), Measurement(TAIL_WORK, last * (1 + i // 19)))
+        )
     assert made.prefill(WORK).upper_ms < 2 * first.ms
-    assert made.tails([TAIL])[0].upper_ms == pytest.approx(2 * last.ms)
+    assert made.tails(TAIL).upper_ms[0] == pytest.approx(2 * last)
 
 
 def test_a_profile_without_a_stage_says_so():
     with pytest.raises(ProfileError, match="of m was made without decoding. Measure it too"):
         forecaster(decode=False).decode(STEP)
     with pytest.raises(ProfileError, match="of m was made without the time after the plan"):
-        forecaster(tail=False).tails([TAIL])
+        forecaster(tail=False).tails(TAIL)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from adallava.config import AdaptiveConfig
-from adallava.cost.work import DECODE, PREFILL, TAIL, decode_work, prefill_work, tail_work, tail_works
+from adallava.cost.work import DECODE, PREFILL, TAIL, decode_work, prefill_work, tail_features, tail_work
 from adallava.errors import PlanError
 
 
@@ -68,7 +68,9 @@ def test_what_is_left_when_the_plan_is_decided_is_part_of_the_prefill():
     assert told == {name: whole[name] for name in TAIL}
     assert tail_work(made, lengths, [5, 1]).extent == {"tokens": 10, "rows": 2}
     ks = [[k, 1] for k in range(made.max_k + 1)]
-    assert tail_works(made, lengths, ks) == [tail_work(made, lengths, k) for k in ks]
+    assert tail_features(made, lengths, ks).tolist() == [list(tail_work(made, lengths, k).features) for k in ks]
+    with pytest.raises(PlanError, match=r"k is \[-1, 1\], expected whole numbers from 0 to"):
+        tail_features(made, lengths, [[0, 0], [-1, 1]])
 
 
 def test_rows_that_choose_different_layers_touch_more_of_them():

@@ -2,9 +2,9 @@
 
 A model is calibrated as a user would, then asked with random budgets. Each request is asked twice, under a forecaster
 that learns and under one that keeps to the profile, in random order. Budgets are drawn between what the least and the
-whole model are bounded by, times how much longer the last few requests took than the profile says, each asked just
-before, of no forecaster: otherwise none could be kept beside another process, and where a machine is shared with
-others, it would be their work that is measured.
+whole model are bounded by at that moment: by a forecaster of its own, a scout, which learns from requests that nobody
+else sees, each asked just before with all the time it needs. By the profile alone none could be kept beside another
+process, and where a machine is shared with others, it would be their work that is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.results import ResultRow, provenance
 
 CALIBRATION_SECONDS = 50.0
-_SLOWDOWN_OF = 5  # requests
+_FIRST = 6  # requests of a condition that are not counted: the scout's level needs five, and pays for the first
+_ALL_THE_TIME = "1000000 ms"
 _SETTLE_SECONDS = 1.0
 _CORRECTED = {"profile": False, "corrected": True}
 
@@ -98,47 +99,34 @@ def _requests(
     told: dict[str, list[_Outcome]] = {name: [] for name in forecasters}
     refused = dict.fromkeys(forecasters, 0)
     batches = random_batches(vlm, _asked(settings.seed + 2))
-    slowdowns: list[float] = []
-    # The first of a condition, which are not counted, tell the slowdown, and pay for what none after them does.
-    for number in range(settings.rounds + _SLOWDOWN_OF):
+    scout, slowdowns = Forecaster(profile), list[float]()
+    for number in range(settings.rounds + _FIRST):
         request = next(batches)[0]
-        probe = _probe(vlm, profile, request)
-        slowdowns.append(probe.slowdown)
-        slowdown = statistics.median(slowdowns[-_SLOWDOWN_OF:])
-        budget = Budget.parse(f"{probe.prepare_ms + slowdown * rng.uniform(*probe.bounds_ms):.2f} ms")
+        low, high = _scouted(vlm, scout, request)
+        slowdowns.append(scout.slowdown)
+        budget = Budget.parse(f"{rng.uniform(low, high):.2f} ms")
         for name in rng.sample(list(forecasters), len(forecasters)):
             vlm.profiles.use(forecasters[name])
             try:
                 answer = ask(vlm, [Request(request.question, request.images, budget=budget)], 2)[0]
             except BudgetError:
-                refused[name] += number >= _SLOWDOWN_OF
+                refused[name] += number >= _FIRST
                 continue
-            if number >= _SLOWDOWN_OF:
+            if number >= _FIRST:
                 told[name].append(_outcome(float(budget.ms), answer))
-    return {name: (told[name], refused[name]) for name in forecasters}, statistics.median(slowdowns)
+    return {name: (told[name], refused[name]) for name in forecasters}, statistics.median(slowdowns[_FIRST:])
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """A request as it is answered now, with as little as can be."""
-
-    prepare_ms: float
-    slowdown: float
-    """What its prefill took, over what the profile says."""
-    bounds_ms: tuple[float, float]
-    """What the profile bounds the prefill by, of the least and of the whole model."""
-
-
-def _probe(vlm: AdaptiveVLM, profile: DeviceProfile, request: Request) -> _Probe:
-    config = vlm.adaptive_config
-    vlm.profiles.use(None)  # this request is neither forecaster's to learn from
-    least = vlm.reachable_budgets()[0]
-    answer = ask(vlm, [Request(request.question, request.images, budget=least)], 2)[0]
-    lengths, images = [answer.layer_tokens], int(request.images is not None)
-    works = [prefill_work(config, lengths, [k], images) for k in (0, config.max_k if config is not None else 0)]
-    low, high = (profile.prefill.forecast(work).upper_ms for work in works)
-    slowdown = answer.timing.first_token_ms / profile.prefill.predict_ms(works[0])
-    return _Probe(answer.timing.prepare_ms, slowdown, (low, high))
+def _scouted(vlm: AdaptiveVLM, scout: Forecaster, request: Request) -> tuple[float, float]:
+    """What ``scout`` bounds this request by, of the least and of the whole model, when it has seen it run whole."""
+    vlm.profiles.use(scout)
+    answer = ask(vlm, [Request(request.question, request.images, budget=_ALL_THE_TIME)], 2)[0]
+    config, images = vlm.adaptive_config, int(request.images is not None)
+    least, whole = (
+        scout.prefill(prefill_work(config, [answer.layer_tokens], [k], images), answer.timing.prepare_ms).upper_ms
+        for k in (0, config.max_k if config is not None else 0)
+    )
+    return least, whole
 
 
 def _outcome(budget: float, answer: Answer) -> _Outcome:

@@ -11,6 +11,7 @@ is as busy as it was then; ``adallava.cost.forecast`` follows a device that is b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -82,6 +83,17 @@ class StageModel:
     def factor(self, predicted_ms: float) -> float:
         """Upper bound over prediction in the bucket of ``predicted_ms``."""
         return self.factors[sum(predicted_ms >= edge for edge in self.edges_ms)]
+
+    def ends_ms(self, features: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Prediction and upper bound of each row of ``features`` [n, F], quicker than one by one."""
+        ms = features @ self._by_feature
+        if len(self.factors) == 1:
+            return ms, ms * self.factors[0]
+        return ms, ms * np.array(self.factors)[np.searchsorted(self.edges_ms, ms, side="right")]
+
+    @functools.cached_property
+    def _by_feature(self) -> NDArray[np.float64]:
+        return np.array(list(self.coefficients_ms.values()))
 
     def forecast(self, work: Work) -> Forecast:
         """Prediction, upper bound, and a remark where ``work`` is outside what was measured."""

@@ -19,7 +19,10 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from adallava.budget import Forecast
 from adallava.cost.calibration import LEVEL, DeviceProfile, Measured, Measurement, StageModel, conformal_bound
@@ -33,6 +36,14 @@ _SURPRISES = _CALM = 20
 _BUSY = 1.1
 _LAST_LEVEL = 0.975
 _MISSING = {"tail": "the time after the plan", "decode": "decoding"}
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Forecasts of what is left of a prefill, of several k."""
+
+    ms: list[float]
+    upper_ms: list[float]
 
 
 class Correction:
@@ -86,17 +97,25 @@ class Forecaster:
             self._learned[threads] = self._fresh(max(1.0, self._measured_on / threads))
         self._corrections, self._threads = self._learned[threads], threads
 
+    @property
+    def slowdown(self) -> float:
+        """How much longer prefills take than the profile says, lately."""
+        return self._corrections["prefill"].level if self.correct else 1.0
+
     def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
         """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
         return _later(self._forecast("prefill", work), elapsed_ms)
 
-    def tails(self, works: Sequence[Work]) -> list[Forecast]:
-        """Time from the decision on a plan to the first token; what is unusual is told of the whole prefill only."""
-        model, level, bound = self._model("tail"), 1.0, 1.0
-        if self.correct:
-            level, bound = self._corrections["tail"].level, self._corrections["tail"].bound
-        foretold = map(model.predict_ms, works)
-        return [Forecast(ms * level, ms * model.factor(ms) * bound) for ms in foretold]
+    def tails(self, features: NDArray[np.float64]) -> Tails:
+        """Times from the decision on a plan to the first token; what is unusual is told of the whole prefill only.
+
+        features: ``cost.work.tail_features``, [n, 7].
+        """
+        ms, upper = self._model("tail").ends_ms(features)
+        if not self.correct:
+            return Tails(ms.tolist(), upper.tolist())
+        correction = self._corrections["tail"]
+        return Tails((ms * correction.level).tolist(), (upper * correction.bound).tolist())
 
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""

@@ -12,6 +12,9 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adallava.config import AdaptiveConfig
 from adallava.errors import PlanError
 
@@ -55,7 +58,7 @@ def prefill_work(
     number of rows or layers.
     """
     prefix, tail = _split(config, lengths, k)
-    layers_on, unit_tokens, unit_scores, *in_part = _tail_features(config, *_sizes(tail), k)
+    layers_on, unit_tokens, unit_scores, *in_part = _switched(config, *_sizes(tail), k)
     features = (
         1.0,
         float(images),
@@ -72,108 +75,100 @@ def prefill_work(
 
 def tail_work(config: AdaptiveConfig, lengths: Sequence[Sequence[int]], k: Sequence[int]) -> Work:
     """Return what is left of the same prefill once its plan is decided, with features ``TAIL``."""
-    return tail_works(config, lengths, [k])[0]
+    features = (1.0, float(len(lengths)), *_switched(config, *_sizes(_split(config, lengths, k)[1]), k))
+    return Work(features, {"tokens": max(map(max, lengths)), "rows": len(lengths)})
 
 
-def tail_works(config: AdaptiveConfig, lengths: Sequence[Sequence[int]], ks: Sequence[Sequence[int]]) -> list[Work]:
-    """``tail_work`` for several k [B] of the same rows, quicker than one by one."""
-    tokens, scores = _sizes(_split(config, lengths, ks[0])[1])
-    extent, rows = {"tokens": max(map(max, lengths)), "rows": len(lengths)}, float(len(lengths))
-    return [Work((1.0, rows, *_tail_features(config, tokens, scores, k)), extent) for k in ks]
-
-
-def _sizes(tail: list[list[int]]) -> tuple[list[float], list[float]]:
-    """Tokens of each row, and their squares, in the mean over the layers beyond the prefix; tail: lengths there."""
-    return [_mean(row) for row in tail], [_mean([t * t for t in row]) for row in tail]
-
-
-def _tail_features(
-    config: AdaptiveConfig | None, tokens: list[float], scores: list[float], k: Sequence[int]
-) -> tuple[float, ...]:
-    """From "layer on" to "slice", which ``PREFILL`` and ``TAIL`` share; tokens, scores: ``_sizes``."""
-    units = _units(config, k)
-    return (
-        _layers_on(config, k),
-        sum(map(operator.mul, units, tokens)),
-        sum(map(operator.mul, units, scores)),
-        sum(_layers_in_part(config, each) for each in k),
-        sum(_slices(config, each) for each in k),
-    )
+def tail_features(
+    config: AdaptiveConfig, lengths: Sequence[Sequence[int]], ks: Sequence[Sequence[int]]
+) -> NDArray[np.float64]:
+    """Features ``TAIL`` [n, 7] of the same rows for n times their k [B], quicker than one by one."""
+    tokens, scores = _sizes(_split(config, lengths, *ks)[1])
+    if len(lengths) == 1:  # what a request alone can afford is asked while it waits
+        return _of_one_token(config)[[k for (k,) in ks]] * (1.0, 1.0, 1.0, *tokens, *scores, 1.0, 1.0)
+    return np.array([(1.0, float(len(lengths)), *_switched(config, tokens, scores, k)) for k in ks])
 
 
 def decode_work(config: AdaptiveConfig | None, contexts: Sequence[Sequence[int]], k: Sequence[int]) -> Work:
     """Return the work of one decoding step, with features ``DECODE``; contexts: keys each layer reads, [B][layers]."""
     prefix, tail = _split(config, contexts, k)
-    units = _units(config, k)
-    unit_keys = sum(u * _mean(row) for u, row in zip(units, tail, strict=True))
+    layers_on, unit_keys, _, *in_part = _switched(config, *_sizes(tail), k)
     features = (
         1.0,
         float(len(contexts)),
         sum(map(sum, prefix)) + unit_keys,
-        _layers_on(config, k),
-        sum(units),
+        layers_on,
+        0.0 if config is None else sum(k) / config.switches_per_layer,
         unit_keys,
-        sum(_layers_in_part(config, each) for each in k),
-        sum(_slices(config, each) for each in k),
+        *in_part,
     )
     return Work(features, {"tokens": max(map(max, contexts)), "rows": len(contexts)})
 
 
 def _split(
-    config: AdaptiveConfig | None, lengths: Sequence[Sequence[int]], k: Sequence[int]
+    config: AdaptiveConfig | None, lengths: Sequence[Sequence[int]], *ks: Sequence[int]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Lengths of the prefix and of the switchable layers, checked."""
+    """Lengths of the prefix and of the switchable layers, checked; ks: one or several k [B]."""
     layers = {len(row) for row in lengths} if config is None else {config.num_layers}
-    if not lengths or len(k) != len(lengths) or {len(row) for row in lengths} != layers:
+    rows = {len(k) for k in ks}
+    if not lengths or rows != {len(lengths)} or {len(row) for row in lengths} != layers:
         raise PlanError(
-            f"{len(lengths)} rows with lengths for {sorted({len(row) for row in lengths})} layers and {len(k)} ks do "
-            "not go together. Pass a k and one length per layer for each row."
+            f"{len(lengths)} rows with lengths for {sorted({len(row) for row in lengths})} layers and {sorted(rows)} "
+            "ks do not go together. Pass a k and one length per layer for each row."
         )
     highest = 0 if config is None else config.max_k
-    if not all(0 <= each <= highest for each in k):
-        raise PlanError(f"k is {list(k)}, expected whole numbers from 0 to {highest} for this model.")
+    if min(map(min, ks)) < 0 or max(map(max, ks)) > highest:
+        wrong = next(k for k in ks if not 0 <= min(k) <= max(k) <= highest)
+        raise PlanError(f"k is {list(wrong)}, expected whole numbers from 0 to {highest} for this model.")
     cut = layers.pop() if config is None else config.prefix_layers
     return [list(row[:cut]) for row in lengths], [list(row[cut:]) for row in lengths]
 
 
-def _units(config: AdaptiveConfig | None, k: Sequence[int]) -> list[float]:
-    """Layers' worth of switches on beyond the prefix, per row."""
-    return [0.0] * len(k) if config is None else [each / config.switches_per_layer for each in k]
+def _sizes(tail: list[list[int]]) -> tuple[list[float], list[float]]:
+    """Tokens of each row, and their squares, in the mean over the layers beyond the prefix; tail: lengths there."""
+    layers = max(1, len(tail[0]))
+    return [sum(row) / layers for row in tail], [sum(t * t for t in row) / layers for row in tail]
 
 
-def _layers_on(config: AdaptiveConfig | None, k: Sequence[int]) -> float:
-    """Switchable layers in which at least one row has a switch on: the mean over plans drawn evenly, row by row."""
+def _switched(
+    config: AdaptiveConfig | None, tokens: list[float], scores: list[float], k: Sequence[int]
+) -> tuple[float, ...]:
+    """From "layer on" to "slice", which ``PREFILL`` and ``TAIL`` share; tokens, scores: ``_sizes``."""
     if config is None:
-        return 0.0
-    return config.tail_layers * (1 - math.prod(_layer_off(config, each) for each in k))
+        return (0.0,) * 5
+    of_each_k = _of_each_k(config)
+    units, off, in_part, slices = zip(*(of_each_k[each] for each in k), strict=True)
+    return (
+        config.tail_layers * (1 - math.prod(off)),  # at least one row runs something there; rows choose apart
+        sum(map(operator.mul, units, tokens)),
+        sum(map(operator.mul, units, scores)),
+        sum(in_part),
+        sum(slices),
+    )
 
 
-# Asked for every k of every request with a budget in time; the binomials of many switches are long numbers.
-@functools.lru_cache(maxsize=4096)
-def _layer_off(config: AdaptiveConfig, k: int) -> float:
-    """Share of the plans of k switches that leave a given layer off."""
-    total, each = config.max_k, config.switches_per_layer
-    return math.comb(total - each, k) / math.comb(total, k)
+# Asked at every request with a budget in time; the binomials of many switches are long numbers.
+@functools.lru_cache
+def _of_each_k(config: AdaptiveConfig) -> list[tuple[float, float, float, float]]:
+    """For each k of one row, in the mean over all its plans.
+
+    Layers' worth of switches on; share of the plans in which a given layer is off; layers with some switches on and
+    some off, which are computed slice by slice; and their slices, runs of adjacent switches that are on.
+    """
+    total, each, layers = config.max_k, config.switches_per_layer, config.tail_layers
+    found = []
+    for k in range(total + 1):
+        plans, off = math.comb(total, k), math.comb(total - each, k)
+        in_part = slices = 0.0
+        if each > 1 and k:
+            whole = math.comb(total - each, k - each) if k >= each else 0
+            in_part = layers * (1 - (off + whole) / plans)
+            slices = layers * (each * k / total - (each - 1) * k * (k - 1) / (total * (total - 1)))
+        found.append((k / each, off / plans, in_part, slices))
+    return found
 
 
-@functools.lru_cache(maxsize=4096)
-def _layers_in_part(config: AdaptiveConfig | None, k: int) -> float:
-    """Layers with some switches on and some off, which are computed slice by slice: the mean over plans of k."""
-    if config is None or config.switches_per_layer == 1:
-        return 0.0
-    total, each = config.max_k, config.switches_per_layer
-    none, whole = math.comb(total - each, k), math.comb(total - each, k - each) if k >= each else 0
-    return config.tail_layers * (1 - (none + whole) / math.comb(total, k))
-
-
-def _slices(config: AdaptiveConfig | None, k: int) -> float:
-    """Runs of adjacent switches that are on, over all switchable layers: the mean over plans of k switches."""
-    if config is None or config.switches_per_layer == 1 or not k:
-        return 0.0
-    total, each = config.max_k, config.switches_per_layer
-    together = k * (k - 1) / (total * (total - 1))
-    return config.tail_layers * (each * k / total - (each - 1) * together)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+@functools.lru_cache
+def _of_one_token(config: AdaptiveConfig) -> NDArray[np.float64]:
+    """Features ``TAIL`` of one token, for each k: [k, 7]."""
+    return np.array([(1.0, 1.0, *_switched(config, [1.0], [1.0], [k])) for k in range(config.max_k + 1)])

@@ -24,8 +24,8 @@ from adallava.budget import Budget, Forecast, ResolvedBudget
 from adallava.config import AdaptiveConfig
 from adallava.cost import ModelSpec, resolve_budget
 from adallava.cost.calibration import Measured, Measurement
-from adallava.cost.forecast import Forecaster
-from adallava.cost.work import Work, decode_work, prefill_work, tail_work, tail_works
+from adallava.cost.forecast import Forecaster, Tails
+from adallava.cost.work import Work, decode_work, prefill_work, tail_features, tail_work
 from adallava.errors import BudgetError
 from adallava.hosts.answer import Stopwatch, Timing
 from adallava.hosts.visual import Selector
@@ -81,15 +81,15 @@ class Looks:
         self._limits = {unit: self._least(unit) for unit in ("ms", "ms/token")}
         self._of_unit = {budget.unit: budget for budget in self._timed.values()}
         self._others = [one.k if one else 0 for one in self.resolved]
-        self._tails = dict[tuple[int, ...], list[Forecast]]()
+        self._tails = dict[tuple[int, ...], Tails]()
         self._decided_ms = self._deciding_ms = 0.0
         if not self._timed:
             return
         assert forecaster is not None, "a timed budget is refused where there is no profile"
         self._forecaster = forecaster
         self._most = self._most_by_token()
-        self._k = self._first()
-        self._tell()
+        self._k, foretold = self._first()
+        self._tell(foretold)
 
     @property
     def each_layer(self) -> bool:
@@ -140,8 +140,10 @@ class Looks:
             return False
         return self._forecaster.profile.tail is not None
 
-    def _first(self) -> int:
+    def _first(self) -> tuple[int, Forecast | None]:
         """The k that will be right when the plan is decided, as far as it is known; what cannot be kept is told.
+
+        And what is known of it by the way, for as long as there has been no second look.
 
         Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best
         that can be done, and how long it takes shows when the device is free again.
@@ -154,13 +156,15 @@ class Looks:
                 if minimum > budget.ms:
                     raise self._infeasible(budget, minimum)
         if self._again:
-            ends = least["ms"].ms - self._tail(self._others, self._most)[0].ms
-            return self._within(max(self._batch.elapsed_ms, ends), self._most, self._others)[1]
+            tails = self._tail(self._others, self._most)
+            ends = max(self._batch.elapsed_ms, least["ms"].ms - tails.ms[0])
+            sure, k = self._within(ends, self._most, self._others)
+            return k, _later(ends, tails, k, sure or 0)
         limit = self._limits["ms"]
         if limit is None:
-            return self._most
+            return self._most, None
         first_token = self._of_unit["ms"]
-        return next((k for k in range(self._most, 0, -1) if self._whole(first_token, k).upper_ms <= limit), 0)
+        return next((k for k in range(self._most, 0, -1) if self._whole(first_token, k).upper_ms <= limit), 0), None
 
     def _within(self, passed_ms: float, room: int, left: list[int], *, last: bool = False) -> tuple[int | None, int]:
         """The largest k up to ``room`` that is sure to end in time, None where none is; and the one to aim for.
@@ -172,11 +176,12 @@ class Looks:
         limit, tails = self._limits["ms"], self._tail(left, room)
         assert limit is not None, "otherwise k is not looked at again"
         time = limit - passed_ms
-        sure = next((k for k in range(room, -1, -1) if tails[k].upper_ms <= time), None)
+        ms, upper = tails.ms, tails.upper_ms
+        sure = next((k for k in range(room, -1, -1) if upper[k] <= time), None)
         if last or not self.each_layer:
             return sure, sure or 0
-        halves = ((k, tails[k].ms, tails[(k + 1) // 2]) for k in range(room, 0, -1))
-        aim = next((k for k, ms, half in halves if ms - half.ms + half.upper_ms <= time), 0)
+        halves = ((k, (k + 1) // 2) for k in range(room, 0, -1))
+        aim = next((k for k, half in halves if ms[k] - ms[half] + upper[half] <= time), 0)
         return sure, max(sure or 0, aim)
 
     def _most_by_token(self) -> int:
@@ -229,7 +234,7 @@ class Looks:
             return self._forecaster.plain_ms("prefill", work) + self._batch.elapsed_ms
         return self._forecaster.plain_ms("decode", work)
 
-    def _tail(self, left: list[int], room: int) -> list[Forecast]:
+    def _tail(self, left: list[int], room: int) -> Tails:
         """For each k up to ``room``, or more: what comes after a decision that leaves so many switches to be run.
 
         They count as spread over all layers beyond the prefix. For a single row of variant L that changes nothing; what
@@ -237,10 +242,11 @@ class Looks:
         """
         config, key = self._config, tuple(self._ks(0, left))
         assert config is not None, "a base model decides no plan"
-        if len(self._tails.get(key, [])) <= room:
-            works = tail_works(config, self._batch.lengths, [self._ks(k, left) for k in range(room + 1)])
-            self._tails[key] = self._forecaster.tails(works)
-        return self._tails[key]
+        known = self._tails.get(key)
+        if known is None or len(known.ms) <= room:
+            ks = [self._ks(k, left) for k in range(room + 1)]
+            known = self._tails[key] = self._forecaster.tails(tail_features(config, self._batch.lengths, ks))
+        return known
 
     def _infeasible(self, budget: Budget, least: float) -> BudgetError:
         config, batch = self._config, self._batch
@@ -290,9 +296,9 @@ def prompt_lengths(
     return [[t] * selector.layer + [t - d] * (layers - selector.layer) for t, d in zip(totals, dropped, strict=True)]
 
 
-def _later(passed_ms: float, tails: list[Forecast], k: int, sure: int) -> Forecast:
+def _later(passed_ms: float, tails: Tails, k: int, sure: int) -> Forecast:
     """When k switches will have run, and when at the latest, if they come down to ``sure`` where they take long."""
-    return Forecast(passed_ms + tails[k].ms, passed_ms + max(tails[k].ms, tails[sure].upper_ms))
+    return Forecast(passed_ms + tails.ms[k], passed_ms + max(tails.ms[k], tails.upper_ms[sure]))
 
 
 def _rounded_up(ms: float) -> str:
