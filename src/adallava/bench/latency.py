@@ -122,11 +122,12 @@ def _scouted(vlm: AdaptiveVLM, scout: Forecaster, request: Request) -> tuple[flo
     vlm.profiles.use(scout)
     answer = ask(vlm, [Request(request.question, request.images, budget=_ALL_THE_TIME)], 2)[0]
     config, images = vlm.adaptive_config, int(request.images is not None)
-    least, whole = (
-        scout.prefill(prefill_work(config, [answer.layer_tokens], [k], images), answer.timing.prepare_ms).upper_ms
-        for k in (0, config.max_k if config is not None else 0)
-    )
-    return least, whole
+    highest = config.max_k if config is not None else 0
+    least, whole = (prefill_work(config, [answer.layer_tokens], [k], images) for k in (0, highest))
+    passed_ms = answer.timing.prepare_ms
+    high = scout.prefill(whole, passed_ms).upper_ms
+    # The least is bounded by the slowest of twenty, which may have been no rule.
+    return min(high, scout.prefill(least, passed_ms, least=True).upper_ms), high
 
 
 def _outcome(budget: float, answer: Answer) -> _Outcome:

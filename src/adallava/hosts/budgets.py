@@ -224,7 +224,7 @@ class Looks:
         """From the call to the first token, or of a decoding step, whichever the budget is about."""
         work = self._work(budget, k)
         if budget.unit == "ms":
-            return self._forecaster.prefill(work, self._batch.elapsed_ms)
+            return self._forecaster.prefill(work, self._batch.elapsed_ms, least=not k)
         return self._forecaster.decode(work)
 
     def _plain_ms(self, budget: Budget) -> float:
