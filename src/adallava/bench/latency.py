@@ -35,7 +35,8 @@ from adallava.hosts.model import AdaptiveVLM, Request
 from adallava.results import ResultRow, provenance
 
 CALIBRATION_SECONDS = 50.0
-_FIRST = 6  # requests of a condition that are not counted: the scout's level needs five, and pays for the first
+_FIRST = 6
+"""Requests of a condition that are not counted: a forecaster learns nothing from its first, and a level takes five."""
 _ALL_THE_TIME = "1000000 ms"
 _SETTLE_SECONDS = 1.0
 _CORRECTED = {"profile": False, "corrected": True}
@@ -126,7 +127,7 @@ def _scouted(vlm: AdaptiveVLM, scout: Forecaster, request: Request) -> tuple[flo
     least, whole = (prefill_work(config, [answer.layer_tokens], [k], images) for k in (0, highest))
     passed_ms = answer.timing.prepare_ms
     high = scout.prefill(whole, passed_ms).upper_ms
-    # The least is bounded by the slowest of twenty, which may have been no rule.
+    # One slow request of the last twenty bounds the least above the whole model, which it does not bound.
     return min(high, scout.prefill(least, passed_ms, least=True).upper_ms), high
 
 

@@ -84,7 +84,7 @@ def tail_features(
 ) -> NDArray[np.float64]:
     """Features ``TAIL`` [n, 7] of the same rows for n times their k [B], quicker than one by one."""
     tokens, scores = _sizes(_split(config, lengths, *ks)[1])
-    if len(lengths) == 1:  # what a request alone can afford is asked while it waits
+    if len(lengths) == 1:  # the common case, and a request waits while this is asked
         return _of_one_token(config)[[k for (k,) in ks]] * (1.0, 1.0, 1.0, *tokens, *scores, 1.0, 1.0)
     return np.array([(1.0, float(len(lengths)), *_switched(config, tokens, scores, k)) for k in ks])
 
