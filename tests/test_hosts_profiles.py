@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from adallava.budget import Budget
 from adallava.cost.calibration import DeviceProfile, Measured, Measurement, StageModel
@@ -385,11 +386,26 @@ def clock_work(vlm):
     return prefill_work(vlm.adaptive_config, [[79] * 6], [3], 1)
 
 
-@pytest.mark.parametrize("more", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"generation_config": GenerationConfig(num_beams=2)},
+    ],
+)
 def test_beams_have_no_time(vlm, more):
     with pytest.raises(BudgetError, match="with beams or several answers"):
         ask(vlm, "80 s", **more)
     assert ask(vlm, "100%", **more).text is not None
+
+
+def test_nor_have_beams_that_the_model_itself_asks_for():
+    vlm = tiny_vlm()
+    vlm.profiles.use(profile_of(vlm))
+    vlm.model.generation_config.num_beams = 2
+    with pytest.raises(BudgetError, match="with beams or several answers"):
+        ask(vlm, "80 s")
 
 
 def test_without_a_profile_the_command_is_named(tmp_path, monkeypatch):

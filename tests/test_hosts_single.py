@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from adallava.errors import CheckpointError, ConfigError, PlanError, PromptError
 from adallava.hosts.arch import architecture_of
@@ -95,6 +96,31 @@ def test_modes_that_make_no_sense_are_refused(option):
     name = next(iter(option))
     with pytest.raises(PromptError, match=f"{name}.*Leave it out"):
         tiny_vlm().generate(IMAGES[0], "how many ?", **option)
+
+
+def test_a_generation_config_says_the_same_as_keywords():
+    vlm = tiny_vlm()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "repetition_penalty": 3.0}
+    meant = vlm.generate(IMAGES[0], "how many ?", budget="70%", **options)
+    assert meant.timing.new_tokens == 5
+    config = GenerationConfig(**options)
+    assert vlm.generate(IMAGES[0], "how many ?", budget="70%", generation_config=config).text == meant.text
+    shorter = vlm.generate(IMAGES[0], "how many ?", budget="70%", generation_config=config, max_new_tokens=3)
+    assert shorter.timing.new_tokens == 3, "a keyword beside it wins"
+    for option in ({"cache_implementation": "static"}, {"guidance_scale": 1.5}):
+        with pytest.raises(PromptError, match="Leave it out"):
+            vlm.generate(IMAGES[0], "how many ?", generation_config=GenerationConfig(**option))
+    with pytest.raises(PromptError, match=r"generation_config is \{'max_new_tokens': 3\}, expected a transformers"):
+        vlm.generate(IMAGES[0], "how many ?", generation_config={"max_new_tokens": 3})
+
+
+def test_a_length_counts_the_prompt():
+    vlm, options = tiny_vlm(), {"min_new_tokens": 4, "do_sample": False}
+    tokens = vlm.generate(IMAGES[0], "how many ?", max_new_tokens=1).prompt_tokens
+    assert vlm.generate(IMAGES[0], "how many ?", max_length=tokens + 4, **options).timing.new_tokens == 4
+    assert vlm.generate(IMAGES[0], "how many ?", max_length=1, max_new_tokens=6, **options).timing.new_tokens >= 4
+    with pytest.raises(PromptError, match=f"max_length is {tokens}, and the prompt has {tokens} tokens"):
+        vlm.generate(IMAGES[0], "how many ?", max_length=tokens)
 
 
 def test_a_cache_belongs_to_one_request():

@@ -25,7 +25,7 @@ from adallava.hosts.arch import architecture_of, last_device
 from adallava.hosts.budgets import Batch, Looks, how_often, measured_of, prompt_lengths
 from adallava.hosts.cache import AdaptiveCache
 from adallava.hosts.cut import TokenCut
-from adallava.hosts.decoding import DEFAULT_NEW_TOKENS, check_options, evaluating, one_sequence
+from adallava.hosts.decoding import evaluating, most_new_tokens, one_sequence, read_options
 from adallava.hosts.graphs import DecodeGraphs, lent
 from adallava.hosts.inputs import insert_latency_slot, moved, slot_id
 from adallava.hosts.profiles import Profiles
@@ -276,7 +276,7 @@ class AdaptiveVLM(nn.Module):
         """
         if not requests:
             return []
-        check_options(kwargs)
+        kwargs = read_options(kwargs, self.model.generation_config)
         watch = Stopwatch(self.device)
         selector = self.token_selection if token_selection is None else self._selector(token_selection)
         budgets = [self._budget(request.budget) for request in requests]
@@ -292,7 +292,7 @@ class AdaptiveVLM(nn.Module):
                 prompt_lengths(self.model, self.spec.num_layers, inputs, selector, latency_tokens),
                 images=sum(len(prompt.images) for prompt in prompts) if images is None else 0,
                 elapsed_ms=watch.selected(),
-                new_tokens=kwargs.get("max_new_tokens") or DEFAULT_NEW_TOKENS,
+                new_tokens=most_new_tokens(kwargs, max(prompt_tokens)),
             )
             often = how_often(last_device(self.model), mode or self.mode) if plan is None else "once"
             looks = Looks(budgets, self.adaptive_config, self.spec, batch, clock, watch, often=often)
@@ -306,7 +306,7 @@ class AdaptiveVLM(nn.Module):
                 state = self._state(selector, torch.zeros(len(requests), dtype=torch.long), images=images)
             else:
                 state = None
-            options = {"max_new_tokens": DEFAULT_NEW_TOKENS, **kwargs}
+            options = {**kwargs, "max_new_tokens": batch.new_tokens, "max_length": None}
             options["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), watch])
             if state is not None:
                 inputs["ada_state"] = state
