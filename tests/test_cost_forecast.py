@@ -24,7 +24,7 @@ def forecaster(correct=True, decode=True, tail=True):
 def test_an_idle_device_is_foretold_as_it_was_measured():
     made = forecaster()
     before = made.prefill(WORK)
-    assert before == made.prefill(WORK, least=True) == made.profile.prefill.forecast(WORK)
+    assert before == made.profile.prefill.forecast(WORK)
     for _ in range(30):
         made.observe(Measured(Measurement(WORK, before.ms)))
     after = made.prefill(WORK)
@@ -98,7 +98,7 @@ def test_stages_are_corrected_apart():
     assert made.tails(TAIL).ms[0] == pytest.approx(2 * last)
 
 
-def test_where_nothing_can_make_up_for_it_the_slowest_of_twenty_counts():
+def test_the_last_look_remembers_the_slowest_of_twenty():
     made = forecaster()
     first, last = made.prefill(WORK), made.tails(TAIL).ms[0]
     for i in range(20):
@@ -106,7 +106,6 @@ def test_where_nothing_can_make_up_for_it_the_slowest_of_twenty_counts():
             Measured(Measurement(WORK, first.ms * (1 + i // 19)), Measurement(TAIL_WORK, last * (1 + i // 19)))
         )
     assert made.prefill(WORK).upper_ms < 2 * first.ms
-    assert made.prefill(WORK, least=True).upper_ms >= 2 * first.ms
     assert made.tails(TAIL).upper_ms[0] == pytest.approx(2 * last)
 
 

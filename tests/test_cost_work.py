@@ -69,6 +69,9 @@ def test_what_is_left_when_the_plan_is_decided_is_part_of_the_prefill():
     assert tail_work(made, lengths, [5, 1]).extent == {"tokens": 10, "rows": 2}
     ks = [[k, 1] for k in range(made.max_k + 1)]
     assert tail_features(made, lengths, ks).tolist() == [list(tail_work(made, lengths, k).features) for k in ks]
+    alone = [[k] for k in range(made.max_k + 1)]
+    found = tail_features(made, lengths[:1], alone).tolist()
+    assert found == [pytest.approx(tail_work(made, lengths[:1], k).features) for k in alone]
     with pytest.raises(PlanError, match=r"k is \[-1, 1\], expected whole numbers from 0 to"):
         tail_features(made, lengths, [[0, 0], [-1, 1]])
 

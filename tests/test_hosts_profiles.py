@@ -123,24 +123,6 @@ def test_the_time_that_went_by_before_counts():
         assert Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock).resolved[0].k == k
 
 
-def test_one_slow_request_counts_for_twenty_where_nothing_can_make_up_for_it(vlm):
-    clock = Forecaster(vlm.profiles.get(vlm, vlm.token_selection, "").profile)
-    batch, budget = Batch([[20] * 6], images=1), Budget.parse(f"{0.8 * upper(0)} ms")
-    work = prefill_work(vlm.adaptive_config, batch.lengths, [0], 1)
-
-    def resolve(after, share):
-        for _ in range(after):
-            clock.observe(Measured(Measurement(work, share * clock.profile.prefill.predict_ms(work))))
-        return Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock).resolved[0]
-
-    assert resolve(8, 0.5).forecast.remark is None, "the device is quicker than it was"
-    with pytest.raises(BudgetError, match="is infeasible"):
-        resolve(1, 1.5)
-    with pytest.raises(BudgetError, match="is infeasible"):
-        resolve(19, 0.5)
-    assert resolve(1, 0.5).forecast.remark is None
-
-
 def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
     clock = Forecaster(vlm.profiles.get(vlm, vlm.token_selection, "").profile)
     batch = Batch([[20] * 6], images=1)

@@ -122,13 +122,17 @@ def _scouted(vlm: AdaptiveVLM, scout: Forecaster, request: Request) -> tuple[flo
     """What ``scout`` bounds this request by, of the least and of the whole model, when it has seen it run whole."""
     vlm.profiles.use(scout)
     answer = ask(vlm, [Request(request.question, request.images, budget=_ALL_THE_TIME)], 2)[0]
-    config, images = vlm.adaptive_config, int(request.images is not None)
-    highest = config.max_k if config is not None else 0
-    least, whole = (prefill_work(config, [answer.layer_tokens], [k], images) for k in (0, highest))
-    passed_ms = answer.timing.prepare_ms
-    high = scout.prefill(whole, passed_ms).upper_ms
-    # One slow request of the last twenty bounds the least above the whole model, which it does not bound.
-    return min(high, scout.prefill(least, passed_ms, least=True).upper_ms), high
+    config, timing = vlm.adaptive_config, answer.timing
+    selector = vlm.token_selection
+    encoded = selector.place == "tower" and selector.name != "none"  # when the budget is looked at
+    images = int(request.images is not None and not encoded)
+    least, whole = (
+        scout.prefill(
+            prefill_work(config, [answer.layer_tokens], [k], images), timing.prepare_ms + timing.selection_ms
+        ).upper_ms
+        for k in (0, config.max_k if config is not None else 0)
+    )
+    return least, whole
 
 
 def _outcome(budget: float, answer: Answer) -> _Outcome:

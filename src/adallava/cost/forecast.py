@@ -7,8 +7,8 @@ conformal bound of those of the last twenty requests and of twenty that stand fo
 of them above its bound. So one slow request is not taken for the rule, and two are, for twenty requests. On a device
 that is unlike what it was, this is the second largest of twenty, which nine in ten stay below.
 
-What is left of a prefill when its plan is decided is foretold apart, and corrected apart. Where nothing can make up
-for what takes longer than its bound, after the last look and where k is 0, the bound is the largest of the forty.
+What is left of a prefill when its plan is decided is foretold apart, and corrected apart. Nobody can make up for what
+is wrong with the last look, so its bound is the largest of the forty.
 
 Requests that run on fewer CPU threads than were measured are corrected apart: at first as if time were in inverse
 proportion to threads, which it is at worst, then by what they took.
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adallava.budget import Forecast
-from adallava.cost.calibration import DeviceProfile, Measured, Measurement, StageModel, conformal_bound
+from adallava.cost.calibration import LEVEL, DeviceProfile, Measured, Measurement, StageModel, conformal_bound
 from adallava.cost.work import Work
 from adallava.errors import ProfileError
 
@@ -50,10 +50,11 @@ class Correction:
     """How much longer one stage takes than its profile says, from the requests so far.
 
     calm: measured over bound, of the profile's own measurements. first: measured over foretold, before any request.
+    covered: share of the surprises that the bound is to cover.
     """
 
-    def __init__(self, calm: Sequence[float], first: float = 1.0) -> None:
-        self._calm, self._first = list(calm), first
+    def __init__(self, calm: Sequence[float], first: float = 1.0, covered: float = LEVEL) -> None:
+        self._calm, self._first, self._covered = list(calm), first, covered
         self._ratios: deque[float] = deque(maxlen=_LEVEL_OF)
         self._surprises = deque(self._calm, maxlen=_SURPRISES)
         self._note()
@@ -68,11 +69,8 @@ class Correction:
         # Once per request; a request asks for them many times, and a small model's would notice.
         self.level = statistics.median(self._ratios) if len(self._ratios) == _LEVEL_OF else self._first
         """Measured over foretold, lately; what was taken for granted until a few requests were seen."""
-        surprises = [*self._calm, *self._surprises]
-        self.bound = self.level * conformal_bound(surprises)
+        self.bound = self.level * conformal_bound([*self._calm, *self._surprises], self._covered)
         """Upper bound over the profile's bound."""
-        self.last_bound = self.level * conformal_bound(surprises, _LAST_LEVEL)
-        """The same where nothing can make up for what takes longer."""
 
 
 class Forecaster:
@@ -104,12 +102,9 @@ class Forecaster:
         """How much longer prefills take than the profile says, lately."""
         return self._corrections["prefill"].level if self.correct else 1.0
 
-    def prefill(self, work: Work, elapsed_ms: float = 0.0, *, least: bool = False) -> Forecast:
-        """Time to the first token of a request that has been worked on for ``elapsed_ms`` already.
-
-        least: of the least model, k = 0, where nothing can be left out to make up for what takes long.
-        """
-        return _later(self._forecast("prefill", work, last=least), elapsed_ms)
+    def prefill(self, work: Work, elapsed_ms: float = 0.0) -> Forecast:
+        """Time to the first token of a request that has been worked on for ``elapsed_ms`` already."""
+        return _later(self._forecast("prefill", work), elapsed_ms)
 
     def tails(self, features: NDArray[np.float64]) -> Tails:
         """Times from the decision on a plan to the first token; what is unusual is told of the whole prefill only.
@@ -120,7 +115,7 @@ class Forecaster:
         if not self.correct:
             return Tails(ms.tolist(), upper.tolist())
         correction = self._corrections["tail"]
-        return Tails((ms * correction.level).tolist(), (upper * correction.last_bound).tolist())
+        return Tails((ms * correction.level).tolist(), (upper * correction.bound).tolist())
 
     def decode(self, work: Work) -> Forecast:
         """Time of one decoding step."""
@@ -147,7 +142,7 @@ class Forecaster:
         if measured is not None and stage in self._corrections:
             self._corrections[stage].observe(measured.ms, self._model(stage).forecast(measured.work))
 
-    def _forecast(self, stage: str, work: Work, *, last: bool = False) -> Forecast:
+    def _forecast(self, stage: str, work: Work) -> Forecast:
         plain = self._model(stage).forecast(work)
         if not self.correct:
             return plain
@@ -155,8 +150,7 @@ class Forecaster:
         busy = f"the device takes {correction.level:.1f} times as long as when it was measured"
         remarks = [plain.remark] if plain.remark else []
         remarks += [busy] if correction.level > _BUSY else []
-        bound = correction.last_bound if last else correction.bound
-        return Forecast(plain.ms * correction.level, plain.upper_ms * bound, "; ".join(remarks) or None)
+        return Forecast(plain.ms * correction.level, plain.upper_ms * correction.bound, "; ".join(remarks) or None)
 
     def _model(self, stage: str) -> StageModel:
         model = self._models[stage]
@@ -173,7 +167,11 @@ class Forecaster:
         return {"prefill": profile.prefill, "tail": profile.tail, "decode": profile.decode}
 
     def _fresh(self, first: float = 1.0) -> dict[str, Correction]:
-        return {stage: Correction(_calm(model), first) for stage, model in self._models.items() if model is not None}
+        return {
+            stage: Correction(_calm(model), first, _LAST_LEVEL if stage == "tail" else LEVEL)
+            for stage, model in self._models.items()
+            if model is not None
+        }
 
 
 def _later(foretold: Forecast, elapsed_ms: float) -> Forecast:

@@ -143,7 +143,7 @@ class Looks:
     def _first(self) -> tuple[int, Forecast | None]:
         """The k that will be right when the plan is decided, as far as it is known; what cannot be kept is told.
 
-        And what is known of it by the way, for as long as there has been no second look.
+        And a forecast until the second look replaces it; None where there is none, and the whole has to be foretold.
 
         Where the device is busier than it was measured, so that even k = 0 is not sure to hold, k = 0: it is the best
         that can be done, and how long it takes shows when the device is free again.
@@ -224,7 +224,7 @@ class Looks:
         """From the call to the first token, or of a decoding step, whichever the budget is about."""
         work = self._work(budget, k)
         if budget.unit == "ms":
-            return self._forecaster.prefill(work, self._batch.elapsed_ms, least=not k)
+            return self._forecaster.prefill(work, self._batch.elapsed_ms)
         return self._forecaster.decode(work)
 
     def _plain_ms(self, budget: Budget) -> float:
