@@ -123,6 +123,20 @@ def test_the_time_that_went_by_before_counts():
         assert Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock).resolved[0].k == k
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_one_slow_request_refuses_nobody_on_a_device_quicker_than_its_profile(vlm, again):
+    """Who is refused teaches nothing, so that it would stay so."""
+    stages = {"prefill": stage(PREFILL, BEFORE + HEAD, EACH), "tail": stage(TAIL, HEAD, EACH) if again else None}
+    clock = Forecaster(profile_of(vlm, **stages))
+    batch, work = Batch([[20] * 6], images=1), prefill_work(vlm.adaptive_config, [[20] * 6], [0], 1)
+    least = clock.prefill(work)
+    for share in (0.5,) * 8 + (1.5,):
+        clock.observe(Measured(Measurement(work, share * least.ms)))
+    budget = Budget.parse(f"{0.8 * least.upper_ms} ms")
+    looks = Looks([budget], vlm.adaptive_config, vlm.spec, batch, clock, often="each layer")
+    assert looks.resolved[0].forecast.remark is None
+
+
 def test_a_busy_device_gets_the_least_and_a_remark_and_recovers(vlm):
     clock = Forecaster(vlm.profiles.get(vlm, vlm.token_selection, "").profile)
     batch = Batch([[20] * 6], images=1)
