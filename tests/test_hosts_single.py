@@ -1,5 +1,6 @@
 """What is checked on one host: errors, modes, decoding by hand, and the traps of single families."""
 
+import copy
 import inspect
 
 import pytest
@@ -112,6 +113,14 @@ def test_a_generation_config_says_the_same_as_keywords():
             vlm.generate(IMAGES[0], "how many ?", generation_config=GenerationConfig(**option))
     with pytest.raises(PromptError, match=r"generation_config is \{'max_new_tokens': 3\}, expected a transformers"):
         vlm.generate(IMAGES[0], "how many ?", generation_config={"max_new_tokens": 3})
+
+
+def test_a_generation_config_that_was_loaded_says_the_same_too(tmp_path):
+    vlm = tiny_vlm()
+    vlm.model.generation_config.save_pretrained(tmp_path)
+    for config in (copy.deepcopy(vlm.model.generation_config), GenerationConfig.from_pretrained(tmp_path)):
+        config.max_new_tokens = config.min_new_tokens = 4
+        assert vlm.generate(IMAGES[0], "how many ?", generation_config=config).timing.new_tokens == 4
 
 
 def test_a_length_counts_the_prompt():

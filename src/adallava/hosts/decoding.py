@@ -38,7 +38,9 @@ def read_options(options: Mapping[str, Any], own: GenerationConfig) -> dict[str,
             f"generation_config is {given!r}, expected a transformers GenerationConfig. Pass its options as keywords."
         )
     ways = {name: getattr(own, name, None) for name in _WAYS}
-    read = {n: v for source in (ways, vars(given), options) for n, v in source.items() if v is not None}
+    # One that was loaded says where it comes from too, which is no option.
+    said = {n: v for n, v in vars(given).items() if n != "transformers_version" and not n.startswith("_")}
+    read = {n: v for source in (ways, said, options) for n, v in source.items() if v is not None}
     read.pop("generation_config", None)
     for name in set(_REFUSED) & set(read):
         raise PromptError(f"generate() was given {name}={read[name]!r}: {_REFUSED[name]}. Leave it out.")
